@@ -31,7 +31,7 @@ from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.rms_norm import RmsNorm
 from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT, RotatedBlock
 from compressor.model.block_runner import Batch, Call, Pieces, output_of
-from compressor.model.narrow_probe import Probe, narrowest, whole_probe
+from compressor.model.narrow_probe import Probe
 from compressor.model.probe_model import Kind, example_batch, signature
 from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualSublayer, ResidualWrite
 from compressor.model.structure import Structure
@@ -75,8 +75,7 @@ def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
         blocks = Pieces(made, pieces.blocks_path).blocks
         return {kind: found[signature(made.config, blocks[at], at)] for at, kind in enumerate(probe.kinds)}
 
-    whole = whole_probe(model, pieces)
-    return found_on_narrow(whole, pieces.blocks_path, find, lambda specs, _narrow, _wider: specs)
+    return found_on_narrow(structure.probes, find, lambda specs, _narrow, _wider: specs)
 
 
 def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
@@ -109,7 +108,7 @@ def check_widths(
     embeddings  width of the embeddings, if a sublayer without branches is between them and the first of these
     raises      ModelError naming the block and its widths, or the model's class
     """
-    narrowed = narrowest(structure.model, structure.pieces)
+    narrowed = structure.probes.narrowest
     probe = float64_probe_model(structure.model, structure.pieces, narrowed)
     path = structure.pieces.blocks_path
     pieces = Pieces(probe, path)
@@ -117,8 +116,7 @@ def check_widths(
     with InDouble(), torch.no_grad():
         hidden, calls = pieces.embeddings(example_batch(probe, torch.device("cpu")))  # without a cache that would grow
         width = hidden.shape[-1]
-        for number, block in enumerate(structure.pieces.blocks):
-            kind = signature(structure.model.config, block, number)
+        for number, kind in enumerate(structure.kinds):
             index, shape = narrowed.first_of(kind), tuple(widths[number])
             if (kind, shape) in done:
                 continue

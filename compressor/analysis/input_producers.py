@@ -38,10 +38,10 @@ from compressor.analysis.lifting import Unliftable, factor, found_on_narrow, run
 from compressor.analysis.perturbation import InDouble
 from compressor.model.block_runner import Call, Pieces, hidden_of
 from compressor.model.module_names import renumbered
-from compressor.model.narrow_probe import Probe, whole_probe
+from compressor.model.narrow_probe import Probe
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
-from compressor.model.probe_model import PROBE_SEED, Kind, example_batch, signature
+from compressor.model.probe_model import PROBE_SEED, Kind, example_batch
 from compressor.model.redefined_structure import is_splittable
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product
@@ -53,21 +53,17 @@ Producers = Mapping[Kind, tuple[Producer, ...]]  # kind of block -> its producer
 def find_producers(structure: Structure) -> Producers:
     """The producers of each kind of block, in forward order."""
     model, pieces = structure.model, structure.pieces
-    whole, path = whole_probe(model, pieces), pieces.blocks_path
 
     def find(probe: Probe) -> Producers:
         return _find_in_probe(structure, float64_probe_model(model, pieces, probe), probe.kinds)
 
-    return found_on_narrow(whole, path, find, partial(_lifted, path))
+    return found_on_narrow(structure.probes, find, partial(_lifted, pieces.blocks_path))
 
 
 def _find_in_probe(structure: Structure, probe: PreTrainedModel, kinds: Sequence[Kind]) -> Producers:
     """kinds: of the blocks of the probe model"""
     path = structure.pieces.blocks_path
-    first = {
-        signature(structure.model.config, block, index): index
-        for index, block in reversed(list(enumerate(structure.pieces.blocks)))
-    }
+    first = {kind: index for index, kind in reversed(list(enumerate(structure.kinds)))}
     found: dict[Kind, tuple[Producer, ...]] = {}
     with InDouble(), torch.no_grad():
         pieces = Pieces(probe, path)
@@ -103,10 +99,8 @@ def producers_of(producers: Producers, structure: Structure, part: int) -> tuple
     """Those of one part of the model, under the full names of its parameters."""
     if not producers or not 1 <= part <= structure.block_count:
         return ()
-    block = structure.pieces.blocks[part - 1]
     prefix = f"{structure.pieces.blocks_path}.{part - 1}."
-    kind = signature(structure.model.config, block, part - 1)
-    return tuple(_renamed(producer, prefix) for producer in producers.get(kind, ()))
+    return tuple(_renamed(producer, prefix) for producer in producers.get(structure.kinds[part - 1], ()))
 
 
 def _renamed(producer: Producer, prefix: str) -> Producer:

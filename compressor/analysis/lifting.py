@@ -15,7 +15,7 @@ from itertools import pairwise
 from operator import eq
 from typing import TypeVar
 
-from compressor.model.narrow_probe import Probe, narrow_probes
+from compressor.model.narrow_probe import Probe, Probes
 
 Found = TypeVar("Found")
 
@@ -25,21 +25,21 @@ class Unliftable(Exception):
 
 
 def found_on_narrow(
-    whole: Probe,
-    path: str,
+    probes: Probes,
     find: Callable[[Probe], Found],
     lift: Callable[[Found, Probe, Probe], Found],
     is_same: Callable[[Found, Found], bool] = eq,
 ) -> Found:
     """What `find` finds at the model's own widths, by running narrow probe models if possible.
 
-    whole    the probe of the model's own widths, with blocks at `path`
+    probes   of the model
     lift     (found, the probe on which, another probe) -> the same for the other probe; may raise Unliftable
     is_same  compares what was carried over with what was found
     raises   what `find` raises for the narrowest probe
     """
+    whole = probes.whole
     for keeps_units in (False, True):
-        for narrow, wider in pairwise(narrow_probes(whole, path, keeps_units=keeps_units)):
+        for narrow, wider in pairwise(probes.narrow(keeps_units=keeps_units)):
             try:
                 found = find(narrow)
                 if is_same(lift(found, narrow, wider), find(wider)):

@@ -11,8 +11,7 @@ from compressor.analysis.prunable_units import Seen, find_prunable, look
 from compressor.analysis.residual_stream import read_residual
 from compressor.analysis.token_gates import find_token_sites
 from compressor.model.facts import KINDS, ModelFacts, PrunableModule
-from compressor.model.probe_model import signature
-from compressor.model.redefined_structure import config_misfit, misfit, parameter_shapes
+from compressor.model.redefined_structure import class_misfit, config_misfit, misfit, parameter_shapes
 from compressor.model.residual_records import Residual
 from compressor.model.structure import Structure
 
@@ -48,6 +47,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         prunable,
         cache(lambda: find_token_sites(structure)),
         lambda changes: config_misfit(structure, changes),
+        lambda changes: class_misfit(structure, changes),
     )
 
 
@@ -55,5 +55,4 @@ def _branches(structure: Structure, residual: Residual, widths: Sequence[Sequenc
     """The settings of a rotated_block for each block."""
     found = find_branches(structure, residual)
     check_widths(structure, residual, found, widths)
-    config, blocks = structure.model.config, structure.pieces.blocks
-    return tuple(found[signature(config, block, index)] for index, block in enumerate(blocks))
+    return tuple(found[kind] for kind in structure.kinds)

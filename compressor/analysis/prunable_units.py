@@ -44,7 +44,7 @@ from compressor.layers.structural.removed import Removed
 from compressor.model.block_runner import Pieces
 from compressor.model.facts import KINDS, PrunableModule
 from compressor.model.module_names import renumbered
-from compressor.model.narrow_probe import Probe, whole_probe
+from compressor.model.narrow_probe import Probe
 from compressor.model.plain_attention import observed_plain_attention
 from compressor.model.probe_model import Kind, example_batch, make_probe_model, signature
 from compressor.model.redefined_structure import REFUSALS
@@ -72,14 +72,14 @@ class Seen:
 def look(structure: Structure) -> Seen:
     """Run a probe model and collect what `find_prunable` reads."""
     model, pieces = structure.model, structure.pieces
-    whole, path = whole_probe(model, pieces), pieces.blocks_path
-    groups = [structure.traced.groups[kind] for kind in whole.kinds]
+    path = pieces.blocks_path
+    groups = [structure.traced.groups[kind] for kind in structure.probes.whole.kinds]
 
     def find(probe: Probe) -> Seen:
         seen = _find_in_probe(float64_probe_model(model, pieces, probe), path, groups)
         return replace(seen, first={kind: probe.first_of(kind) for kind in probe.kinds})
 
-    return found_on_narrow(whole, path, find, partial(_lifted, path), _agree)
+    return found_on_narrow(structure.probes, find, partial(_lifted, path), _agree)
 
 
 def find_prunable(
@@ -94,8 +94,8 @@ def find_prunable(
     model, path = structure.model, structure.pieces.blocks_path
     seen = seen or look(structure)
     sites = []
-    for index, block in enumerate(structure.pieces.blocks):
-        at = seen.first[signature(model.config, block, index)]
+    for index, of in enumerate(structure.kinds):
+        at = seen.first[of]
         for kind in kinds:
             here = [site for site in seen.sites if site.block == at and site.kind == kind]
             sites += [_renamed(site, f"{path}.{at}.", f"{path}.{index}.", index, model) for site in here]

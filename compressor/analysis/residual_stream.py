@@ -42,7 +42,7 @@ from compressor.analysis.rotation_proof import HINT, prove_invariance
 from compressor.errors import ModelError
 from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.block_runner import Pieces
-from compressor.model.narrow_probe import Probe, whole_probe
+from compressor.model.narrow_probe import Probe, Probes
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.probe_model import PROBE_SEED, example_batch, signature
 from compressor.model.reshaped_class import reshaping
@@ -66,11 +66,16 @@ def read_residual(structure: Structure) -> Residual:
 
     raises  ModelError naming the module, if the stream of this model can't be rotated
     """
-    return residual_of(structure.model, structure.pieces)
+    return _read_residual(structure.probes)
 
 
 def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
     """The same for a model, which may be on the meta device, and its pieces. Its weights are not read."""
+    return _read_residual(Probes(model, pieces, model.dtype))
+
+
+def _read_residual(probes: Probes) -> Residual:
+    model, pieces = probes.model, probes.pieces
     for name, entry in reshaping(model.config)[1].items():
         if entry["form"] == RotatedBlock.form:
             raise ModelError(
@@ -79,7 +84,7 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
                 hint="Use slicegpt once, and put fuse_norms and rotate before it.",
                 data={"reason": "sliced-already"},
             )
-    whole, path = whole_probe(model, pieces), pieces.blocks_path
+    whole, path = probes.whole, pieces.blocks_path
 
     def find(probe: Probe) -> Residual:
         made = float64_probe_model(model, pieces, probe)
@@ -87,7 +92,7 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
         prove_invariance(made, path, found)
         return found
 
-    residual = found_on_narrow(whole, path, find, _lifted)
+    residual = found_on_narrow(probes, find, _lifted)
     kinds = {kind: (whole.first_of(kind), residual.blocks[whole.first_of(kind)]) for kind in whole.kinds}
     return replace(residual, blocks=_every_block(kinds, model.config, pieces.blocks, path))
 

@@ -31,9 +31,8 @@ from compressor.layers.structural.token_gate import attended
 from compressor.model.block_runner import Batch, Call, Pieces
 from compressor.model.facts import BlockTokens, TokenFacts
 from compressor.model.module_names import is_inside
-from compressor.model.narrow_probe import narrow_probes, whole_probe
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
-from compressor.model.probe_model import Kind, example_batch, make_probe_model, signature
+from compressor.model.probe_model import Kind, example_batch, make_probe_model
 from compressor.model.structure import Structure
 
 CAUSAL_HINT = "Use prefill_pruning for a causal model; zero_tprune is for encoders."
@@ -48,8 +47,7 @@ def find_token_sites(structure: Structure) -> TokenFacts:
     """
     model, path = structure.model, structure.pieces.blocks_path
     _refuse_outputs(model)
-    whole = whole_probe(model, structure.pieces)
-    narrow = next(narrow_probes(whole, path), whole)
+    whole, narrow = structure.probes.whole, structure.probes.narrowest
     with torch.no_grad():
         for probe in (whole,) if narrow is whole else (narrow, whole):  # a refusal, as of a causal model, is quick
             made = make_probe_model(type(model), probe.config, torch.device("cpu"), torch.float32, probe.empty)
@@ -86,9 +84,7 @@ def _find(structure: Structure, probe: PreTrainedModel, path: str, kinds: Sequen
                 f"it returns {following.shape[1]} tokens for {hidden.shape[1]}", where=f"{path}.{index}", hint=HINT
             )
         hidden = following
-    everywhere = [
-        found[signature(structure.model.config, block, index)] for index, block in enumerate(structure.pieces.blocks)
-    ]
+    everywhere = [found[kind] for kind in structure.kinds]
     tokens = None if is_text else hidden.shape[1]
     facts = TokenFacts(tokens, hidden.shape[2], protect, patches, tuple(everywhere), _outside(structure, patches))
     prove_token_gates(pieces, replace(facts, blocks=tuple(found[kind] for kind in kinds)), batch)

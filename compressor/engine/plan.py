@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from compressor.analysis.input_producers import Producers, find_producers, producers_of
+from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import ExportFormat, choose_export_format, next_export_format
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.writer import carried_tensors
@@ -32,11 +33,11 @@ from compressor.engine.planned_formats import follow_formats
 from compressor.engine.planned_reshapes import follow_reshapes
 from compressor.engine.selected_weights import named_functions, select_weights, skipped_weights, without_odd_widths
 from compressor.engine.trial import NoProbeModel, try_loaders
-from compressor.errors import CompressError, ModelError, PreflightError
+from compressor.errors import CompressError, ModelError, PreflightError, values_of
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
 from compressor.model.facts import Decision
-from compressor.model.redefined_structure import check_redefinition
+from compressor.model.redefined_structure import check_redefinition, values_misfit
 from compressor.model.replay_proof import prove_by_replay
 from compressor.model.reshaped_class import stock_class
 from compressor.model.stored_weight import StoredWeight
@@ -124,6 +125,7 @@ def _with_storing_steps(
     export_format = _export_format(recipe, structure, list(formats.forms.values()), tries_loaders, findings)
     sizes = Sizes()
     if export_format is not None:
+        _check_config(structure, export_format, list(formats.forms.values()), untied, findings)
         sizes = predict_sizes(recipe, structure, reshapes, selected, functions, formats, export_format, untied)
     _warn_of_undecided_sizes(recipe, reshapes, findings)
     _warn_of_divided_data(recipe, findings)
@@ -271,6 +273,25 @@ def _export_format(
         )
         findings.warn("vllm-asymmetric-8-bits", asymmetric[0].weight.name, message)
     return export_format
+
+
+def _check_config(
+    structure: Structure, export_format: ExportFormat, forms: list[StoredWeight], untied: bool, findings: Findings
+) -> None:
+    """Add a problem if transformers refuses the config.json of the artifact, or a model of the class made from it."""
+    dtype = str(structure.dtype).removeprefix("torch.")
+    source = structure.checkpoint.carried_config
+    values = artifact_config(source, export_format, forms, structure.model, dtype, untied)
+    why = values_misfit(structure, {**values, "model_type": source["model_type"]})
+    if why is not None:
+        findings.problems.append(
+            PreflightError(
+                f"transformers refuses the config.json that the artifact would have ({why})",
+                where=structure.architecture,
+                hint="Set another export.format, or leave the step out that changes these values.",
+                data={"reason": "config-refused", "format": export_format.name, "because": values_of(why)},
+            )
+        )
 
 
 def _tried_export_format(

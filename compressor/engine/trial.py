@@ -39,11 +39,13 @@ from compressor.layers.int8_split_linear import Int8SplitLinear
 from compressor.layers.packed_linear import PackedLinear
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
 from compressor.model.block_runner import output_of, without_cache
+from compressor.model.checkpoint import open_checkpoint
+from compressor.model.model_class import config_and_class
 from compressor.model.narrow_shapes import divide_shapes
-from compressor.model.probe_model import example_batch, make_probe_model, shallow_config, use_eager_experts
+from compressor.model.probe_model import example_batch, make_probe_model, use_eager_experts
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight
-from compressor.model.structure import Structure, read_structure
+from compressor.model.structure import Structure, structure_of
 
 LEAST_WIDTH = 64  # smallest input width of a stored weight
 GROUP = 32  # group size in the probe model, if the plan has groups
@@ -114,17 +116,18 @@ def _save_probe_model(structure: Structure, forms: Sequence[StoredWeight], direc
     logging.disable_progress_bar()
     obstacle = ""
     cls = type(structure.model)
-    shallow = shallow_config(structure.model.config, structure.model, structure.pieces)
+    shallow = structure.probes.whole.config
     for change in _narrowings(shallow, structure, forms):
         try:
             config = change()
-            size = sum(
-                p.numel() for p in make_probe_model(cls, config, torch.device("meta"), structure.dtype).parameters()
-            )
+            empty = make_probe_model(cls, config, torch.device("meta"), structure.dtype)
+            size = sum(parameter.numel() for parameter in empty.parameters())
             if size > MOST_PARAMETERS:
                 obstacle = f"its smallest probe model has {size:,} parameters; at most {MOST_PARAMETERS:,} are tried"
                 continue
-            probe = make_probe_model(cls, config, torch.device("cpu"), structure.dtype)
+            probe = make_probe_model(cls, config, torch.device("cpu"), structure.dtype, empty)
+            with torch.no_grad():  # a class may be made at sizes at which it can't run, as with too few experts
+                probe(**example_batch(probe, torch.device("cpu")))
             probe.config.architectures = [structure.architecture]
             for key in (
                 "auto_map",
@@ -132,10 +135,17 @@ def _save_probe_model(structure: Structure, forms: Sequence[StoredWeight], direc
             ):  # name files of the model's directory, which the probe model's lacks
                 vars(probe.config).pop(key, None)
             probe.save_pretrained(directory)
-            return read_structure(directory, dtype=str(structure.dtype).removeprefix("torch."))
+            return _read(directory, structure)
         except Exception as error:  # the class or config rejects these sizes; the next are nearer to its own
             obstacle = f"no probe model can be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
     raise NoProbeModel(obstacle)
+
+
+def _read(directory: Path, structure: Structure) -> Structure:
+    """The structure of a probe model that was saved: its blocks are those of `structure`."""
+    checkpoint = open_checkpoint(directory)
+    config, cls = config_and_class(checkpoint, False)
+    return structure_of(checkpoint, cls, config, str(structure.dtype).removeprefix("torch."), structure)
 
 
 def _narrowings(

@@ -192,6 +192,7 @@ class ModelFacts:
     prunable  kinds ("heads", "ffn") -> the prunable modules of every block; raises ModelError if a block has none
     tokens    the facts for pruning tokens; raises ModelError for a model whose tokens can't be pruned
     accepts   whether the model's config class accepts these values in place of its own: None, or why not
+    builds    the same for the config class and the model's class, which makes a model of few blocks without weights
     """
 
     architecture: str
@@ -206,6 +207,7 @@ class ModelFacts:
     prunable: Callable[..., tuple[PrunableModule, ...]]
     tokens: Callable[[], TokenFacts]
     accepts: Callable[[dict[str, Any]], str | None]
+    builds: Callable[[dict[str, Any]], str | None]
 
     @property
     def residual(self) -> Residual:

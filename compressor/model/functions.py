@@ -18,10 +18,9 @@ from compressor.errors import Because
 from compressor.layers.block_attention import PRODUCTS
 from compressor.model.activations import recognize
 from compressor.model.block_runner import Pieces, output_of
-from compressor.model.narrow_probe import narrowest
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.plain_attention import observed_plain_attention
-from compressor.model.probe_model import Kind, example_batch, make_probe_model, signature
+from compressor.model.probe_model import Kind, example_batch, make_probe_model
 from compressor.model.structure import Structure
 from compressor.model.weights import Weight
 
@@ -104,8 +103,8 @@ def _checkpoint_name(structure: Structure, path: str) -> str:
 
 def _run_probe(structure: Structure, refused: dict[str, str]) -> tuple[set[str], list[str]]:
     """Modules outside the blocks that run before the first block, and paths of the model's attention modules."""
-    narrow = narrowest(structure.model, structure.pieces)
-    probe = make_probe_model(type(structure.model), narrow.config, torch.device("cpu"), torch.float32)
+    narrow = structure.probes.narrowest
+    probe = make_probe_model(type(structure.model), narrow.config, torch.device("cpu"), torch.float32, narrow.empty)
     batch = example_batch(probe, torch.device("cpu"))
     pieces = Pieces(probe, structure.pieces.blocks_path)
     called: set[str] = set()
@@ -154,7 +153,6 @@ def _attention_paths(
             if inner not in inside:
                 inside.append(inner)
     found = []
-    for number, block in enumerate(structure.pieces.blocks):
-        kind = signature(structure.model.config, block, number)
+    for number, kind in enumerate(structure.kinds):
         found += [f"{path}.{number}.{inner}" for inner in relative.get(kind, [])]
     return found

@@ -14,6 +14,8 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import tee
 from typing import Any
 
 import torch
@@ -78,29 +80,42 @@ class Probe:
         return self.kinds.index(kind)
 
 
-def narrowest(model: PreTrainedModel, pieces: Pieces) -> Probe:
-    """The narrowest probe of a model, which may be on the meta device: its weights are not read."""
-    whole = whole_probe(model, pieces)
-    return next(narrow_probes(whole, pieces.blocks_path), whole)
+class Probes:
+    """The probes of one model. Each is made once, when it is first asked for.
 
-
-def whole_probe(model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype | None = None) -> Probe:
-    """The probe of a model that has the model's own widths.
-
-    dtype  of its model on the meta device; None: that of the model's first parameter
+    model  may be on the meta device: its weights are not read
+    dtype  of the models of the probes on the meta device
     """
-    config = shallow_config(model.config, model, pieces)
-    empty = make_probe_model(type(model), config, torch.device("meta"), dtype or model.dtype)
-    blocks = _blocks(empty, pieces.blocks_path)
-    kinds = tuple(signature(config, block, index) for index, block in enumerate(blocks))
-    return Probe(config, empty, kinds, _shapes(empty), width_of(config), is_whole=True)
+
+    def __init__(self, model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype) -> None:
+        self.model, self.pieces, self.dtype = model, pieces, dtype
+        self._narrow: dict[bool, Iterator[Probe]] = {}
+
+    @cached_property
+    def whole(self) -> Probe:
+        """The probe that has the model's own widths."""
+        config = shallow_config(self.model.config, self.model, self.pieces)
+        empty = make_probe_model(type(self.model), config, torch.device("meta"), self.dtype)
+        blocks = _blocks(empty, self.pieces.blocks_path)
+        kinds = tuple(signature(config, block, index) for index, block in enumerate(blocks))
+        return Probe(config, empty, kinds, _shapes(empty), width_of(config), is_whole=True)
+
+    @property
+    def narrowest(self) -> Probe:
+        return next(self.narrow(), self.whole)
+
+    def narrow(self, *, keeps_units: bool = False) -> Iterator[Probe]:
+        """Narrower probes, the narrowest first; none of a small model.
+
+        keeps_units  MLPs keep their widths
+        """
+        if keeps_units not in self._narrow:
+            self._narrow[keeps_units] = _narrow_probes(self.whole, self.pieces.blocks_path, keeps_units)
+        self._narrow[keeps_units], probes = tee(self._narrow[keeps_units])  # the one that is kept stays at the first
+        return probes
 
 
-def narrow_probes(whole: Probe, path: str, *, keeps_units: bool = False) -> Iterator[Probe]:
-    """Narrower probes, the narrowest first; none of a small one. `path` is that of the block list.
-
-    keeps_units  MLPs keep their widths
-    """
+def _narrow_probes(whole: Probe, path: str, keeps_units: bool) -> Iterator[Probe]:
     if not whole.is_large:
         return
     for factor in _factors(whole.config):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -20,13 +21,24 @@ from transformers import AutoConfig, PretrainedConfig
 from compressor.errors import Because, CompressError, ModelError, PreflightError
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.facts import Redefinition
+from compressor.model.model_building import empty_on_meta, most_modules
+from compressor.model.probe_model import make_probe_model
 from compressor.model.reshaped_class import class_for, stock_class
 from compressor.model.structure import Structure, structure_of
 from compressor.model.unused_tensors import without_announcements
 from compressor.storage.safetensors_file import TensorInfo
 
 # the exceptions of transformers for a config with numbers that it refuses, and for a model that can't be made from it
-REFUSALS = (ValueError, TypeError, RuntimeError, StrictDataclassError)
+REFUSALS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    StrictDataclassError,
+)
 
 
 def parameter_shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
@@ -159,6 +171,31 @@ def misfit(structure: Structure, redefinition: Redefinition) -> str | None:
 def config_misfit(structure: Structure, changes: dict[str, Any]) -> str | None:
     try:
         _config({**structure.checkpoint.config, **changes})
+    except REFUSALS as error:
+        return _of_library(error)
+    return None
+
+
+def values_misfit(structure: Structure, values: dict[str, Any]) -> str | None:
+    """Why a model of the structure's class can't be made from this config.json; None if it can."""
+    try:
+        config = _config(values)
+        cls = class_for(stock_class(structure.model), config)
+        empty_on_meta(cls, config, most_modules(structure.checkpoint), structure.dtype)
+    except REFUSALS as error:
+        return _of_library(error)
+    return None
+
+
+def class_misfit(structure: Structure, changes: dict[str, Any]) -> str | None:
+    """Why the model's class can't be made with these values of config.json; None if it can. Tried with few blocks."""
+    if (why := config_misfit(structure, changes)) is not None:
+        return why
+    shallow = structure.probes.whole.config.to_dict()
+    try:
+        make_probe_model(
+            stock_class(structure.model), _config({**shallow, **changes}), torch.device("meta"), structure.dtype
+        )
     except REFUSALS as error:
         return _of_library(error)
     return None

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import ModelError
 from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
 from compressor.model.model_building import guarded
-from compressor.model.narrow_probe import Probe, narrowest
+from compressor.model.narrow_probe import Probe
 from compressor.model.probe_model import example_batch, make_probe_model
 from compressor.model.structure import Structure, run_small
 from compressor.model.tracing import check_output, checked
@@ -34,12 +34,12 @@ def prove_by_replay(structure: Structure) -> Probe:
     cls, pieces, checkpoint = type(structure.model), structure.pieces, structure.checkpoint
 
     def prove(_config: PretrainedConfig) -> Probe:
-        narrow = narrowest(structure.model, pieces)
+        narrow = structure.probes.narrowest
         probe = make_probe_model(cls, narrow.config, torch.device("cpu"), structure.dtype, narrow.empty)
         prove_equal(probe, pieces.blocks_path, example_batch(probe, torch.device("cpu")))
         return narrow
 
-    run = partial(run_small, structure.model, pieces, structure.dtype)
+    run = partial(run_small, structure.probes)
     failed = "a probe model of it can't be run on the CPU"
     return guarded(prove, checkpoint, structure.model.config, cls.__name__, failed, retry=run)
 

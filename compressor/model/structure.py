@@ -24,10 +24,10 @@ from compressor.model.config_values import check_values
 from compressor.model.empty_model import bound_model
 from compressor.model.model_building import guarded
 from compressor.model.model_class import config_and_class, refuse_two_stacks
-from compressor.model.narrow_probe import narrow_config, narrowest, width_of
+from compressor.model.narrow_probe import Probes, narrow_config, width_of
 from compressor.model.overview import Overview, PartOverview, UnusedView, WeightView
 from compressor.model.prequantized import refuse_stated
-from compressor.model.probe_model import shallow_config, signature
+from compressor.model.probe_model import Kind, shallow_config, signature
 from compressor.model.tracing import Product, Traced, run_whole, trace
 from compressor.model.weight_names import Bindings, Source
 from compressor.model.weights import Group, Stage, Weight
@@ -37,7 +37,9 @@ from compressor.model.weights import Group, Stage, Weight
 class Structure:
     """A checkpoint, its model on the meta device, and the results of running it.
 
-    traced      the results of a run of its shallow probe model
+    kinds       of its blocks (`probe_model.signature`)
+    probes      its probe models
+    traced      the results of a run of a shallow one
     dtype       the model's; single parameters may have another (`bindings.dtypes`)
     left_dense  parameter of a matmul -> why it can't be compressed, for the stages that were computed so far
     """
@@ -46,6 +48,8 @@ class Structure:
     model: PreTrainedModel
     pieces: Pieces
     bindings: Bindings
+    kinds: tuple[Kind, ...]
+    probes: Probes
     traced: Traced
     dtype: torch.dtype
     left_dense: dict[str, str] = field(default_factory=dict, repr=False)
@@ -81,10 +85,9 @@ class Structure:
             ]
         if part == self.block_count + 1:
             return [(group,) for product in self.traced.head for group in self._weights("", (product,), "head")]
-        block = self.pieces.blocks[part - 1]
         prefix = f"{self.pieces.blocks_path}.{part - 1}."
         stages: list[Stage] = []
-        for products in self.traced.groups[signature(self.model.config, block, part - 1)]:
+        for products in self.traced.groups[self.kinds[part - 1]]:
             groups = tuple(self._weights(prefix, products, None))
             stages.append(groups)
         return stages
@@ -103,8 +106,8 @@ class Structure:
         divided.
         """
         found = []
-        for index, block in enumerate(self.pieces.blocks):
-            kind, prefix = signature(self.model.config, block, index), f"{self.pieces.blocks_path}.{index}."
+        for index, kind in enumerate(self.kinds):
+            prefix = f"{self.pieces.blocks_path}.{index}."
             reasons = dict(self.traced.whole[kind])
             for product in (product for group in self.traced.groups[kind] for product in group):
                 sources = self.bindings.sources.get(prefix + product.parameter, ())
@@ -124,9 +127,7 @@ class Structure:
         if not weight.parameter.startswith(prefix):
             return weight.parameter in self.traced.read[None]
         number, _, name = weight.parameter.removeprefix(prefix).partition(".")
-        block = self.pieces.blocks[int(number)]
-        kind = signature(self.model.config, block, int(number))
-        return name in self.traced.read[kind] or f"{prefix}*.{name}" in self.traced.read[None]
+        return name in self.traced.read[self.kinds[int(number)]] or f"{prefix}*.{name}" in self.traced.read[None]
 
     @cached_property
     def part_by_tensor(self) -> dict[str, int]:
@@ -267,34 +268,47 @@ def _check_generation(checkpoint: Checkpoint) -> None:
 
 
 def structure_of(
-    checkpoint: Checkpoint, cls: type[PreTrainedModel], config: PretrainedConfig, dtype: str = "source"
+    checkpoint: Checkpoint,
+    cls: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: str = "source",
+    like: Structure | None = None,
 ) -> Structure:
-    """The structure of an open checkpoint whose model class is known."""
+    """The structure of an open checkpoint whose model class is known.
+
+    like  that of a model whose shallow probe model has the same blocks at other widths: no probe model runs
+    """
     checkpoint, model, bindings, model_dtype = bound_model(checkpoint, cls, config, dtype)
     pieces = Pieces(model, find_blocks(model))
+    probes = Probes(model, pieces, model_dtype)
+
+    kinds = tuple(signature(model.config, block, index) for index, block in enumerate(pieces.blocks))
 
     def traced(_config: PretrainedConfig) -> Traced:
-        return trace(model, pieces, model_dtype)
+        return trace(probes)
 
-    failed = "a probe model of it can't be run part by part"
-    run = partial(run_small, model, pieces, model_dtype)
-    shown = guarded(traced, checkpoint, config, cls.__name__, failed, retry=run)
-    pieces.answers = [shown.answers[signature(model.config, block, n)] for n, block in enumerate(pieces.blocks)]
-    return Structure(checkpoint, model, pieces, bindings, shown, model_dtype)
+    if like is None:
+        failed = "a probe model of it can't be run part by part"
+        shown = guarded(traced, checkpoint, config, cls.__name__, failed, retry=partial(run_small, probes))
+    else:
+        shown = like.traced.at(dict(zip(kinds, like.probes.whole.kinds, strict=True)))
+    pieces.answers = [shown.answers[kind] for kind in kinds]
+    return Structure(checkpoint, model, pieces, bindings, kinds, probes, shown, model_dtype)
 
 
-def run_small(model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype, config: PretrainedConfig) -> None:
-    """Run the model of another config than `model`'s own: the whole model if it is small, else one with few blocks, or
-    with few blocks and small widths.
+def run_small(probes: Probes, config: PretrainedConfig) -> None:
+    """Run the model of another config than the probes' own: the whole model if it is small, else one with few blocks,
+    or with few blocks and small widths.
     """
-    run_whole(type(model), _smaller_configs(model, pieces, config), dtype)
+    run_whole(type(probes.model), _smaller_configs(probes, config), probes.dtype)
 
 
-def _smaller_configs(model: PreTrainedModel, pieces: Pieces, config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+def _smaller_configs(probes: Probes, config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     yield config
-    shallow = shallow_config(config, model, pieces)
+    model = probes.model
+    shallow = shallow_config(config, model, probes.pieces)
     yield shallow
-    own = narrowest(model, pieces)
+    own = probes.narrowest
     factor = (width_of(model.config) or 1) // (own.width or 1)
     if not own.is_whole and (narrow := narrow_config(type(model), shallow, factor)) is not None:
         yield narrow

@@ -29,7 +29,7 @@ _probes_of: WeakKeyDictionary[PreTrainedModel, list[Runs]] = WeakKeyDictionary()
 
 def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: int) -> int | None:
     """None if a model of this class accepts samples of `length` tokens, or reads no tokens; else its limit."""
-    return _limit(cls, config, length, lambda: _probes(cls, config))
+    return _limit(cls, config, length, lambda: _probes(skeleton(cls, config, torch.float32)))
 
 
 def limit_of(model: PreTrainedModel) -> Limit:
@@ -37,7 +37,7 @@ def limit_of(model: PreTrainedModel) -> Limit:
 
     def probes() -> list[Runs]:
         if model not in _probes_of:
-            _probes_of[model] = _probes(type(model), model.config)
+            _probes_of[model] = _probes(model)
         return _probes_of[model]
 
     return lambda length: _limit(type(model), model.config, length, probes)
@@ -64,8 +64,9 @@ def _largest(runs: Runs, good: int, bad: int) -> int:
     return good
 
 
-def _probes(cls: type[PreTrainedModel], config: PretrainedConfig) -> list[Runs]:
-    model = skeleton(cls, config, torch.float32)
+def _probes(model: PreTrainedModel) -> list[Runs]:
+    """Whether a number of tokens runs, by each of two shallow probe models of a model on the meta device."""
+    cls, config = type(model), model.config
     shallow = shallow_config(config, model, Pieces(model, find_blocks(model)))
     start = skeleton(cls, shallow, torch.float32)
     for module in start.modules():

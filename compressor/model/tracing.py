@@ -8,9 +8,9 @@ with the identity of its input. Weights that read the same tensor form a group.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.errors import Because
-from compressor.model.block_runner import Answer, Pieces, output_of
-from compressor.model.narrow_probe import narrow_probes, whole_probe
+from compressor.model.block_runner import Answer, Batch, Pieces, output_of
+from compressor.model.narrow_probe import Probes
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.probe_model import Kind, example_batch, make_probe_model
 from compressor.model.replaceable import watch_reads
@@ -64,20 +64,42 @@ class Traced:
     embeddings: tuple[Product, ...]
     read: dict[Kind | None, frozenset[str]]
 
+    def at(self, kinds: Mapping[Kind, Kind]) -> Traced:
+        """The same for a model of other widths. `kinds`: kind of its block -> kind of this model's block"""
+        return replace(
+            self,
+            groups={kind: self.groups[own] for kind, own in kinds.items()},
+            whole={kind: self.whole[own] for kind, own in kinds.items()},
+            answers={kind: self.answers[own] for kind, own in kinds.items()},
+            read={None: self.read[None], **{kind: self.read[own] for kind, own in kinds.items()}},
+        )
 
-def trace(model: PreTrainedModel, pieces: Pieces, dtype: torch.dtype) -> Traced:
-    """Run a probe model of a model once and record its matmuls. The model may be on the meta device.
+
+def trace(probes: Probes) -> Traced:
+    """Run a probe model once and record its matmuls.
 
     raises  whatever the model's code raises when its parts run one by one
     """
-    whole, path = whole_probe(model, pieces, dtype), pieces.blocks_path
-    try:
-        return _trace_probe(whole.empty, path, whole.kinds)
-    except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
-        pass  # an operation depends on values, or the model can't run on the CPU either
-    probe = next(narrow_probes(whole, path), whole)
-    made = make_probe_model(type(model), probe.config, torch.device("cpu"), dtype, probe.empty)
-    return _trace_probe(made, path, probe.kinds)
+    whole, path = probes.whole, probes.pieces.blocks_path
+    batch = example_batch(whole.empty, torch.device("meta"))
+    for given in (batch, *_with_mask(batch)):
+        try:
+            return _trace_probe(whole.empty, path, whole.kinds, given)
+        except (NotImplementedError, RuntimeError, TypeError, IndexError, ValueError, AttributeError):
+            continue  # an operation depends on values, or the model can't run on the CPU either
+    probe = probes.narrowest
+    made = make_probe_model(type(probes.model), probe.config, torch.device("cpu"), probes.dtype, probe.empty)
+    return _trace_probe(made, path, probe.kinds, example_batch(made, torch.device("cpu")))
+
+
+def _with_mask(batch: Batch) -> Iterator[Batch]:
+    """The same text, if it is one, with a mask of four dimensions, which transformers passes on to the attentions.
+
+    Without a mask, decoders read the values of the positions to find packed texts.
+    """
+    if "input_ids" in batch:
+        samples, tokens = batch["input_ids"].shape
+        yield {**batch, "attention_mask": batch["input_ids"].new_ones(samples, 1, tokens, tokens, dtype=torch.bool)}
 
 
 def run_whole(cls: type[PreTrainedModel], configs: Iterable[PretrainedConfig], dtype: torch.dtype) -> None:
@@ -125,10 +147,8 @@ def checked(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _trace_probe(probe: PreTrainedModel, path: str, kinds: Sequence[Kind]) -> Traced:
-    device = next(probe.parameters()).device
+def _trace_probe(probe: PreTrainedModel, path: str, kinds: Sequence[Kind], batch: Batch) -> Traced:
     pieces = Pieces(probe, path)
-    batch = example_batch(probe, device)
     used: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda _m, _a, name=name: used.append(name))

@@ -26,7 +26,7 @@ Memory: one block, one copy of the residual stream for each block, and 512 MB fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -34,7 +34,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat
 
 from compressor.bounds import Count
-from compressor.errors import PassError, PreflightError
+from compressor.errors import Because, PassError, PreflightError, values_of
 from compressor.lazy import torch
 from compressor.methods.pruning.counted_work import PASSES_OVER_PARAMETERS, divergence_work
 from compressor.methods.pruning.masked_forward import (
@@ -75,6 +75,7 @@ HOPELESS = (
     2.0  # times the bound: a candidate that is worse than this on the samples of the ranking isn't measured again
 )
 KEPT_OUTPUT_BYTES = 1 << 29
+Gone = dict[str, set[int]]  # name of a prunable module -> heads or neurons that are removed
 Losses = tuple[float, float]  # on the search part, and on the confirming part
 Tier = Literal["blocks", "sub_blocks", "heads"]
 
@@ -120,8 +121,8 @@ class GreedyRemoval(RewritePass):
     retry: bool = Field(False, description="Try failed parts again at the end of their tier.")
     export: Literal["auto", "stock", "custom"] = Field(
         "auto",
-        description="stock: keep the model's class, or stop with an error. custom: use a modeling file. auto: use one "
-        "if needed.",
+        description="stock: remove only blocks without which the model's class can be made; needs tiers: [blocks]. "
+        "custom: use a modeling file. auto: use one if needed.",
     )
     protect_layers: tuple[int, ...] = Field((), description="Numbers of blocks that stay whole. -1 is the last.")
     save_every: Count = Field(
@@ -178,23 +179,24 @@ class GreedyRemoval(RewritePass):
         trial = Trial.of(model, sites, self.loss, self.confirm)
         remember = Remembered(model, self.save_every)
 
-        def enough(gone: dict[str, set[int]]) -> bool:
+        def enough(gone: Gone) -> bool:
             left = {site.name: site.units - len(gone.get(site.name, ())) for site in sites}
             return self.target is not None and size.of(left) <= (1 - self.target) * size.full
 
-        def measure(gone: dict[str, set[int]], ranks: bool = False) -> Losses:
+        def fits(gone: Gone) -> bool:
+            return self._why_not_stock(model.facts, sites, gone) is None
+
+        def measure(gone: Gone, ranks: bool = False) -> Losses:
             model.progress(f"evaluation {remember.count + 1}", remember.count / self.max_evaluations)
             return remember(lambda: trial.losses(gone, ranks))
 
         base = measure({})
-        search = Search(self, base, measure, enough, sites, partial(measure, ranks=True) if trial.is_sampled else None)
+        rank = partial(measure, ranks=True) if trial.is_sampled else None
+        search = Search(self, base, measure, enough, sites, rank, fits)
         for tier in self.tiers:
             search.walk(self._candidates(tier, sites))
-        left = {s.name: [u for u in range(s.units) if u not in search.gone.get(s.name, ())] for s in sites}
         return {
-            "sites": {name: units for name, units in left.items() if units},
-            "hidden": None,
-            "removed": [name for name, units in left.items() if not units],
+            **_decision(sites, search.gone),
             "log": search.log,
             "figures": {"dense": list(base), "after": list(search.now), "evaluations": remember.count},
         }
@@ -202,6 +204,8 @@ class GreedyRemoval(RewritePass):
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         sites = model.prunable(KINDS)
         self._protected(sites)
+        if self.export == "stock" and decision is None:
+            self._check_stock(model, sites)
         if decision is None:  # the run decides how much is removed, maybe nothing
             decision = {"sites": {}, "hidden": None, "removed": []}
             return replace(pruned_redefinition(model, sites, decision, self.export), decision=None)
@@ -223,6 +227,41 @@ class GreedyRemoval(RewritePass):
                 data={"block": wrong[0], "blocks": count},
             )
         return {block % count for block in self.protect_layers}
+
+    def _check_stock(self, model: ModelFacts, sites: Sequence[PrunableModule]) -> None:
+        """raises PreflightError if nothing can be removed without a modeling file"""
+        if other := [tier for tier in self.tiers if tier != "blocks"]:
+            raise PreflightError(
+                f"the tier {other[0]} makes blocks differ, which no config of a stock class describes",
+                where="greedy_removal.tiers",
+                hint="Set tiers: [blocks], or export: auto, which adds a modeling file.",
+                data={"reason": "tier-not-stock", "tier": other[0]},
+            )
+        whys = (self._why_not_stock(model, sites, found) for found in self._removed_alone(sites))
+        last: str | None = "none may be removed"
+        for last in whys:
+            if last is None:
+                return
+        raise PreflightError(
+            f"no block of {model.architecture} can be removed without a modeling file: {last}",
+            where="greedy_removal.export",
+            hint="Set export: auto, which adds a modeling file, or leave greedy_removal out.",
+            data={"reason": "no-stock-model", "model": model.architecture, "because": values_of(last)},
+        )
+
+    def _removed_alone(self, sites: Sequence[PrunableModule]) -> Iterator[Gone]:
+        for candidate in self._candidates("blocks", sites):
+            yield {name: set(units) for name, units in candidate.units}
+
+    def _why_not_stock(self, model: ModelFacts, sites: Sequence[PrunableModule], gone: Gone) -> str | None:
+        """Why the model's own class can't be made without these parts; None if it can, or need not be."""
+        if self.export != "stock":
+            return None
+        try:
+            pruned_redefinition(model, sites, _decision(sites, gone), self.export)
+        except PreflightError as refusal:
+            return Because(refusal.what, **refusal.data)
+        return None
 
     def _candidates(self, tier: Tier, sites: Sequence[PrunableModule]) -> list[Candidate]:
         """Candidates of a tier, in forward order."""
@@ -247,6 +286,15 @@ class GreedyRemoval(RewritePass):
         return found
 
 
+def _decision(sites: Sequence[PrunableModule], gone: Gone) -> Decision:
+    left = {s.name: [u for u in range(s.units) if u not in gone.get(s.name, ())] for s in sites}
+    return {
+        "sites": {name: units for name, units in left.items() if units},
+        "hidden": None,
+        "removed": [name for name, units in left.items() if not units],
+    }
+
+
 @dataclass
 class Search:
     """State of the search: what was removed, and how each candidate did.
@@ -255,15 +303,17 @@ class Search:
     measure   losses with these heads and neurons removed
     enough    whether so much is removed that the search ends
     rank      the same on the samples of the ranking; None: on all samples of the search part
+    fits      whether the model without these can be exported as the settings want it
     """
 
     settings: GreedyRemoval
     base: Losses
-    measure: Callable[[dict[str, set[int]]], Losses]
-    enough: Callable[[dict[str, set[int]]], bool]
+    measure: Callable[[Gone], Losses]
+    enough: Callable[[Gone], bool]
     sites: Sequence[PrunableModule]
-    rank: Callable[[dict[str, set[int]]], Losses] | None = None
-    gone: dict[str, set[int]] = field(default_factory=dict)
+    rank: Callable[[Gone], Losses] | None = None
+    fits: Callable[[Gone], bool] = lambda gone: True
+    gone: Gone = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 1
 
@@ -296,9 +346,7 @@ class Search:
                 self.log.append({"what": candidate.name, "ranked": alone.pop(candidate.name)[0], "removed": False})
         return alone
 
-    def _try(
-        self, order: Sequence[Candidate], alone: dict[str, Losses], at_first: dict[str, set[int]]
-    ) -> list[Candidate]:
+    def _try(self, order: Sequence[Candidate], alone: dict[str, Losses], at_first: Gone) -> list[Candidate]:
         failed = []
         for candidate in order:
             if self.enough(self.gone) or not self._may_go(candidate):
@@ -324,14 +372,16 @@ class Search:
         self.evaluations += 1
         return self.measure(self._without(candidate))
 
-    def _without(self, candidate: Candidate) -> dict[str, set[int]]:
+    def _without(self, candidate: Candidate) -> Gone:
         gone = {name: set(units) for name, units in self.gone.items()}
         for name, units in candidate.units:
             gone[name] = gone.get(name, set()) | set(units)
         return gone
 
     def _may_go(self, candidate: Candidate) -> bool:
-        """Whether it may be removed: part is left, no module is emptied head by head, and its kind keeps a module."""
+        """Whether it may be removed: part is left, no module is emptied head by head, its kind keeps a module, and what
+        is left can be exported.
+        """
         after, whole = self._without(candidate), {name for name, units in candidate.units if len(units) > 1}
         by_name = {site.name: site for site in self.sites}
         if all(after[name] == self.gone.get(name, set()) for name, _ in candidate.units):
@@ -343,7 +393,7 @@ class Search:
             alike = [site for site in self.sites if site.kind == by_name[name].kind]
             if is_gone and all(len(after.get(site.name, ())) == site.units for site in alike):
                 return False
-        return True
+        return self.fits(after)
 
 
 @dataclass
@@ -359,7 +409,7 @@ class Trial:
     ranking: list[int]  # batches of the ranking
     objective: Loss
     streams: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch: before each block and after all
-    gone: dict[int, dict[str, set[int]]] = field(default_factory=dict)  # batch -> what its streams are without
+    gone: dict[int, Gone] = field(default_factory=dict)  # batch -> what its streams are without
 
     @classmethod
     def of(cls, model: RunnableModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trial:
@@ -396,7 +446,7 @@ class Trial:
         """Whether the ranking leaves out batches."""
         return len(self.ranking) < len(self.confirms)
 
-    def losses(self, gone: dict[str, set[int]], ranks: bool = False) -> Losses:
+    def losses(self, gone: Gone, ranks: bool = False) -> Losses:
         """Mean losses on both parts of the samples; 0 for a part without samples.
 
         ranks  measure on the samples of the ranking only
@@ -418,7 +468,7 @@ class Trial:
                     counts[part] += self.each[draw.batch] * int((confirms == bool(part)).sum())
         return sums[0] / max(1, counts[0]), sums[1] / max(1, counts[1])
 
-    def _advance(self, draws: Sequence[Draw], gone: dict[str, set[int]]) -> None:
+    def _advance(self, draws: Sequence[Draw], gone: Gone) -> None:
         """Run the blocks of each batch from the first one that differs from the batch's last trial."""
         for draw in draws:
             streams, before = self.streams[draw.batch], self.gone.get(draw.batch, {})

@@ -75,6 +75,7 @@ from compressor.methods.rotation.sliced_shapes import (
     per_site_parameters,
     per_site_redefinition,
     scheduled_widths,
+    staggered_widths,
     stream_shape,
     uniform_widths,
     widest_that_shrinks,
@@ -215,6 +216,8 @@ class SliceGPT(RewritePass):
                 f"{model.architecture} can't be narrower by its config alone ({why}), so orientation is per_site",
             )
         self._refuse_growth(model, lambda width: per_site_parameters(shape, uniform_widths(shape, width)), shape.width)
+        if self.schedule == "variance":  # refuses blocks that can't read one width and write another
+            per_site_redefinition(model, staggered_widths(shape, kept, self.round_to))
         return replace(per_site_redefinition(model, uniform_widths(shape, kept)), notes=notes)
 
     def choose(self, model: RunnableModel) -> Decision:

@@ -245,6 +245,9 @@ class VTrans(RewritePass):
         sites = self._prunable(model)
         size = self._size(model, sites)
         if decision is None:  # an estimate: every sub-block loses the same share
+            if self.export == "stock" and size.narrowest < size.width:  # refuses a stream that no stock model narrows
+                narrowest = {"sites": {}, "hidden": list(range(size.narrowest)), "removed": []}
+                pruned_redefinition(model, sites, narrowest, self.export)
             even = {part.name: [(unit + 0.5) / part.units for unit in range(part.units)] for part in size.parts}
             even[STREAM] = [(channel + 0.5) / max(size.width, 1) for channel in range(size.width)]
             kept = self._cut(size, even, {(site.name,): 2.0 for site in self._removable(model, sites)})
@@ -329,22 +332,22 @@ class VTrans(RewritePass):
         return replace(size, parts=tuple(parts), **bounds)
 
     def _head_counts(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> dict[int, tuple[int, ...]]:
-        """Heads of an attention -> numbers of heads that the config of the class accepts. Many classes need a divisor
-        of the width. Empty if a modeling file can give each block its own number.
+        """Heads of an attention -> numbers of heads with which the class and its config can be made. Many classes need
+        a divisor of the width. Empty if a modeling file can give each block its own number.
         """
         found: dict[int, tuple[int, ...]] = {}
         for site in sites:
             keys, is_bound = site.layout.config, self.export == "stock" or site.layout.per_layer is not None
             if site.kind == "heads" and keys is not None and is_bound and site.units not in found:
                 counts = range(1, site.units + 1)
-                found[site.units] = tuple(n for n in counts if facts.accepts(keys.of(n)) is None) or (site.units,)
+                found[site.units] = tuple(n for n in counts if facts.builds(keys.of(n)) is None) or (site.units,)
         return found
 
     def _stock_width_step(
         self, facts: ModelFacts, sites: Sequence[PrunableModule], heads: Mapping[int, Sequence[int]], width: int
     ) -> int:
-        """The smallest step of `align` whose multiples the config accepts as widths, with any number of heads that may
-        be kept; the whole width if there is none.
+        """The smallest step of `align` whose multiples the class and its config accept as widths, with any number of
+        heads that may be kept; the whole width if there is none.
         """
         key = width_key(facts)
         keys = next((s.layout.config for s in sites if s.kind == "heads" and s.layout.config is not None), None)
@@ -353,8 +356,11 @@ class VTrans(RewritePass):
             return width
         for step in range(min(self.align, width), width, self.align):
             widths = range(width - width % step, 0, -step)
-            if all(
-                facts.accepts({**kept, key: kept_width}) is None for kept_width in widths for kept in counts or [{}]
+            pairs = [(kept, kept_width) for kept_width in widths for kept in counts or [{}]]
+            # Rules of model classes are about divisors and products: two widths side by side show them.
+            tried = [(kept, kept_width) for kept_width in widths[:2] for kept in counts or [{}]]
+            if all(facts.accepts({**kept, key: kept_width}) is None for kept, kept_width in pairs) and all(
+                facts.builds({**kept, key: kept_width}) is None for kept, kept_width in tried
             ):
                 return step
         return width

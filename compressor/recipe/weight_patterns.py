@@ -73,7 +73,8 @@ def select(only: Sequence[str], excluded: Sequence[str], weights: Sequence[Weigh
                 data={"reason": "left-out", "pattern": pattern, "weights": len(found)},
             )
         chosen |= found
-    return [weight for weight in weights if weight.name in chosen - out]
+    left = chosen - out
+    return [weight for weight in weights if weight.name in left]
 
 
 def names_it(patterns: Sequence[str], weights: Sequence[Weight], where: str) -> set[str]:

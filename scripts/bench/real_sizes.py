@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def plan(recipe: str, model: Path) -> dict[str, Any]:
     """Time, memory and outcome of one plan."""
     done = measured([*COMMAND, "plan", recipe, "--model", str(model), "--no-eval", *RANDOM_DATA, "--json"])
     events = [json.loads(line) for line in done["output"].splitlines()]
-    found = {"exit_code": done["exit_code"], "seconds": done["seconds"], "peak_bytes": done["peak_bytes"]}
+    found = {key: done[key] for key in ("exit_code", "seconds", "cpu_seconds", "peak_bytes")}
     errors = [event["message"] for event in events if event["event"] == "error"]
     planned = next((event for event in events if event["event"] == "result"), {})
     predicted = {key: planned.get(key) for key in ("peak_memory_bytes", "predicted_stages")}
@@ -216,7 +217,7 @@ def measured(command: list[str], kill_after: int | None = None) -> dict[str, Any
     kill_after  end it (SIGKILL) with its children when it has stored this many parts
     peak_bytes  of the process itself and of each of its children, largest first
     """
-    began = time.perf_counter()
+    began, used = time.perf_counter(), _cpu_seconds()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peaks: dict[int, int] = {}
     ended = threading.Event()
@@ -239,9 +240,16 @@ def measured(command: list[str], kill_after: int | None = None) -> dict[str, Any
     return {
         "exit_code": process.returncode,
         "seconds": round(time.perf_counter() - began, 1),
+        "cpu_seconds": round(_cpu_seconds() - used, 1),
         "peak_bytes": [peaks.pop(process.pid, 0), *sorted(peaks.values(), reverse=True)],
         "output": "".join(lines),
     }
+
+
+def _cpu_seconds() -> float:
+    """Processor time of all children that have ended, with theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _watch(pid: int, peaks: dict[int, int], ended: threading.Event) -> None:

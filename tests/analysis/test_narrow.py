@@ -19,7 +19,7 @@ from compressor.engine.plan import make_plan
 from compressor.errors import ModelError
 from compressor.model import narrow_probe
 from compressor.model.functions import find_functions
-from compressor.model.narrow_probe import narrow_probes, narrowest, whole_probe
+from compressor.model.narrow_probe import Probes
 from compressor.model.replay_proof import prove_by_replay
 from compressor.model.structure import read_structure
 from compressor.recipe.recipe import parse_recipe
@@ -93,9 +93,9 @@ def test_what_is_found_on_narrow_models_is_what_the_whole_one_shows(family, stru
     structure = structures(family)
     expected = {name: outcome(find, structure) for name, find in ANALYSES.items()}
     make_narrow(monkeypatch)
-    whole = whole_probe(structure.model, structure.pieces)
-    widths = [probe.width for probe in narrow_probes(whole, structure.pieces.blocks_path)]
-    assert widths == [whole.width // 4, whole.width // 2]
+    structure = replace(structure, probes=Probes(structure.model, structure.pieces, structure.dtype))
+    widths = [probe.width for probe in structure.probes.narrow()]
+    assert widths == [structure.probes.whole.width // 4, structure.probes.whole.width // 2]
     prove_by_replay(structure)
     for name, find in ANALYSES.items():
         assert outcome(find, structure) == expected[name], name
@@ -111,10 +111,10 @@ def test_what_is_found_on_narrow_models_is_what_the_whole_one_shows(family, stru
 def test_a_narrow_model_has_the_heads_and_experts_of_the_model(sizes, kept, tmp_path, monkeypatch):
     make_narrow(monkeypatch)
     structure = read_structure(tiny.save("mixtral", tmp_path / "m", **WIDE, **sizes))
-    narrow = narrowest(structure.model, structure.pieces)
+    narrow = structure.probes.narrowest
     assert {key: getattr(narrow.config, key) for key in kept} == kept
     assert (narrow.width, narrow.config.intermediate_size) == (16, 24)
-    assert narrow.kinds == whole_probe(structure.model, structure.pieces).kinds
+    assert narrow.kinds == structure.probes.whole.kinds
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_narrow_model_has_the_heads_and_experts_of_the_model(sizes, kept, tmp_
 def test_indices_are_carried_over_only_where_a_second_narrow_model_agrees(rows_of, keeps, structures, monkeypatch):
     make_narrow(monkeypatch)
     structure = structures("phi3")
-    whole = whole_probe(structure.model, structure.pieces)
+    probes = Probes(structure.model, structure.pieces, structure.dtype)
     name, features = "model.layers.0.mlp.down_proj.weight", []
 
     def find(probe):
@@ -137,7 +137,7 @@ def test_indices_are_carried_over_only_where_a_second_narrow_model_agrees(rows_o
     def lift(found, narrow, wider):
         return run_of(found, factor(narrow, wider, name, 1))
 
-    assert found_on_narrow(whole, structure.pieces.blocks_path, find, lift) == rows_of(96)
+    assert found_on_narrow(probes, find, lift) == rows_of(96)
     assert features == ([24, 48, 96, 96] if keeps else [24, 48])
 
 
@@ -148,6 +148,7 @@ def test_the_widths_of_a_reshaped_model_are_divided_too(tmp_path, monkeypatch):
     after = make_plan(parse_recipe(yaml.safe_dump(tree).encode(), "t.yaml"), str(directory), prove=False).structure
     expected = read_residual(after)
     make_narrow(monkeypatch)
-    assert narrowest(after.model, after.pieces).width == 16
+    after = replace(after, probes=Probes(after.model, after.pieces, after.dtype))
+    assert after.probes.narrowest.width == 16
     assert read_residual(after) == expected
     assert {norm.formula.width for norm in expected.norms()} == {64}

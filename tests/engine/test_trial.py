@@ -128,6 +128,15 @@ def test_a_loader_whose_model_computes_something_else_is_found(break_it, told, t
     assert told in trial.try_loaders(plan.structure, list(plan.forms.values()), plan.export_format)
 
 
+def test_a_narrower_probe_that_cannot_run_is_not_tried(tmp_path):
+    """Half of its experts are fewer than a token chooses."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 6}
+    model = tiny.save("qwen3_moe", tmp_path / "m", **sizes, num_attention_heads=4, head_dim=32)
+    steps = [{"pass": "rtn", "bits": 8, "group_size": 32, "only": ["@attention"]}]
+    plan = make_plan(parse_recipe(yaml.safe_dump({"version": 1, "steps": steps}).encode()), str(model))
+    assert not plan.problems and not [found for found in plan.warnings if found.code == "format-untried"]
+
+
 def test_the_twin_of_a_large_model_is_small(tmp_path):
     """At the widths of Llama 3 8B: what is saved and loaded has a few hundred thousand parameters."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "vocab_size": 128256}

@@ -83,7 +83,7 @@ def test_nearly_every_class_is_planned_or_refused_in_a_sentence(task, part, leas
     """
     monkeypatch.setattr(wrong_key, "SEARCH_SECONDS", 0.2)
     planned_ones = 0
-    for name in classes_of(task)[part :: PARTS.get(task, 1)]:
+    for name in classes_of(task, part=part, of=PARTS.get(task, 1)):
         if not is_small(cls := getattr(hf, name)):
             continue
         torch.manual_seed(0)

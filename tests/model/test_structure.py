@@ -13,12 +13,14 @@ from raising import raises
 
 from compressor.engine.block_io import PartSource, fill_part
 from compressor.errors import ModelError, PreflightError
+from compressor.model import tracing
 from compressor.model.block_runner import Pieces
 from compressor.model.checkpoint import open_checkpoint
 from compressor.model.model_class import class_of
+from compressor.model.narrow_probe import Probes
 from compressor.model.probe_model import example_batch, make_probe_model
 from compressor.model.replay_proof import prove_by_replay, prove_equal
-from compressor.model.structure import find_blocks, read_structure
+from compressor.model.structure import find_blocks, read_structure, structure_of
 from compressor.model.weight_names import read_parameter
 
 GROUPS = {
@@ -42,6 +44,27 @@ def test_weights_that_read_the_same_input_are_grouped(family, tmp_path):
     for unit in range(1, structure.block_count + 1):
         found = [[w.name.rpartition(".")[2] for w in group] for stage in structure.stages(unit) for group in stage]
         assert found == GROUPS[family]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "phi3", "jamba"])
+def test_what_a_mask_lets_run_without_weights_is_what_weights_show(family, tmp_path, monkeypatch):
+    structure = read_structure(tiny.save(family, tmp_path / "m"))
+    probes = Probes(structure.model, structure.pieces, structure.dtype)
+    if family != "jamba":  # its experts choose by values
+        with monkeypatch.context() as patch:
+            patch.setattr(tracing, "make_probe_model", lambda *_: pytest.fail("weights were made"))
+            tracing.trace(probes)
+    monkeypatch.setattr(tracing, "_with_mask", lambda _batch: [])
+    assert tracing.trace(probes) == structure.traced
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "vit", "gemma4_shared"])
+def test_a_model_of_other_widths_is_read_like_the_one_that_it_stands_for(family, tmp_path, monkeypatch):
+    structure = read_structure(tiny.save(family, tmp_path / "m"))
+    saved = read_structure(tiny.save(family, tmp_path / "same"))
+    monkeypatch.setattr("compressor.model.structure.trace", lambda _probes: pytest.fail("a probe model ran"))
+    like = structure_of(saved.checkpoint, type(saved.model), saved.model.config, like=structure)
+    assert like.traced == saved.traced and like.pieces.answers == saved.pieces.answers
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -50,13 +50,16 @@ SIZES: dict[str, Any] = {
 }
 
 
-def classes_of(*tasks: str) -> list[str]:
-    """Names of all classes that transformers has for some tasks, such as CAUSAL_LM."""
+def classes_of(*tasks: str, part: int = 0, of: int = 1) -> list[str]:
+    """Names of all classes that transformers has for some tasks, such as CAUSAL_LM, or of every `of`-th one of them.
+
+    To know whether it has one, its module is imported, which takes time.
+    """
     found: set[str] = set()
     for task in tasks:
         for names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
             found |= {names} if isinstance(names, str) else set(names)
-    return sorted(name for name in found if hasattr(hf, name))
+    return [name for name in sorted(found)[part::of] if hasattr(hf, name)]
 
 
 def tiny_config(cls: type[hf.PreTrainedModel], **more: Any) -> Any:

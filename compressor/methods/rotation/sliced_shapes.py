@@ -92,6 +92,14 @@ def uniform_widths(shape: StreamShape, width: int, *, head_sliced: bool = False)
     return (width,) * len(shape.sites) + (width if head_sliced else shape.width,)
 
 
+def staggered_widths(shape: StreamShape, width: int, step: int) -> tuple[int, ...]:
+    """Widths of which any three sublayers in a row have three, as a schedule may choose them; the whole one at the end.
+
+    They are `width`, and one and two steps less, as far as at least one direction stays.
+    """
+    return (*(max(width - at % 3 * step, 1) for at in range(len(shape.sites))), shape.width)
+
+
 def per_site_parameters(
     shape: StreamShape,
     widths: Sequence[int],
