@@ -41,8 +41,10 @@ def test_worked_examples_of_the_format(bits, codes, words):
 def test_packing_equals_the_owners_for_every_width_and_length(bits, columns):
     generator = torch.Generator().manual_seed(columns)
     codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, columns), generator=generator).to(torch.int8)
-    packed = pack_codes((codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), bits)
+    unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    packed = pack_codes(unsigned, bits)
     assert torch.equal(packed, pack_to_int32(codes, bits))
+    assert torch.equal(packed[:1], pack_codes(unsigned.t().contiguous().t()[:1], bits))  # one row with gaps
     assert torch.equal(unpack_from_int32(packed, bits, torch.Size([3, columns])), codes)
     assert torch.equal(unpack_codes(packed, bits, columns).to(torch.int16) - 2 ** (bits - 1), codes.to(torch.int16))
 

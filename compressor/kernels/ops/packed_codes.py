@@ -18,10 +18,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     if 8 % bits == 0:  # whole codes in each byte
         each = 8 // bits
-        padded = torch.nn.functional.pad(codes, (0, -columns % (4 * each)))
-        stream = padded[:, ::each].contiguous()
-        for at in range(1, each):
-            stream |= padded[:, at::each] << (at * bits)
+        stream = torch.zeros(rows, 4 * -(-columns * bits // 32), dtype=torch.uint8, device=codes.device)
+        for at in range(each):
+            part = codes[:, at::each]
+            stream[:, : part.shape[1]] |= part << (at * bits)
         return stream.view(torch.int32)
     eights = -(-columns // 8)
     padded = torch.zeros(rows, eights * 8, dtype=torch.int64, device=codes.device)
