@@ -15,7 +15,7 @@ import torch
 
 from compressor.methods.quantization.hessian import inverse_factor
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
-from compressor.protocol.work import Work, factor_operations
+from compressor.protocol.work import Work
 
 SHARE_SECONDS = 0.2  # for each kind of work
 PRODUCT_TOKENS, PRODUCT_WIDTH = 1024, 2048
@@ -49,8 +49,7 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Work:
         products=product * _per_second(lambda: low_x @ low_weight.T, device),
         exact=product * _per_second(lambda: x @ weight, device),
         double=product / 4 * _per_second(lambda: wide @ wide_weight, device),
-        factors=factor_operations(FACTOR_WIDTH)
-        * _per_second(partial(inverse_factor, positive, 0.01, 0.01, ""), device),
+        factors=FACTOR_WIDTH * _per_second(partial(inverse_factor, positive, 0.01, 0.01, ""), device),
         spectra=SPECTRUM_WIDTH**3 * _per_second(lambda: torch.linalg.eigh(symmetric), device),
         searched=grouped.numel() * _per_second(lambda: quantize(grouped, search(grouped)), device),
         values=2 * VALUES * _per_second(lambda: values.mul(1.5).round_(), device),

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compressor.artifact.generation import GENERATED_TOKENS, PROMPT_TOKENS
+from compressor.artifact.generation import FEWEST_TOKENS, GENERATED_TOKENS, PROMPT_TOKENS
+from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes
 from compressor.engine.events import PredictedStage
 from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.part_work import chosen_groups, data_size, part_works, run_of, sample_tokens, tokens_of
@@ -32,7 +33,7 @@ ORDINARY = Work(
     products=2e11,
     exact=1e11,
     double=5e10,
-    factors=5e10,
+    factors=2e4,
     spectra=2e9,
     searched=2e7,
     values=1e9,
@@ -42,9 +43,9 @@ ORDINARY = Work(
 )
 
 # Of a weight that is put in its format and read back: it is dequantized twice, and compared with its value in float64.
-PASSES_OF_STORING = 130
+PASSES_OF_STORING = 65
 # Of a weight that the reference layers dequantize, each time that it is used: codes are unpacked, converted and scaled.
-PASSES_OF_DEQUANTIZING = 25
+PASSES_OF_DEQUANTIZING = 18
 PASSES_OF_CHECKING = 6  # of a tensor: whether it is finite, and its distance from the source's
 PASSES_OVER_LOGITS = 12  # two log-softmax in float32, their divergence and their largest entries
 # The runs of `verify`: the stock loader twice, our own loader, the source as it is and with the artifact's layers.
@@ -150,14 +151,14 @@ def _verify_work(plan: Plan) -> Work:
     dense = float(sum(part.values for part in part_works(plan.structure)))
     source = float(sum(part.values for part in part_works(plan.source)))
     itemsize = plan.structure.dtype.itemsize
-    steps = 1 + REFERENCE_RUNS + GENERATED_TOKENS + (2 if _is_custom(plan) else 0)
+    needed = INTERPRETER_BYTES + 2 * plan.weight_bytes + itemsize * dense + plan.source_bytes
+    tokens = GENERATED_TOKENS if needed <= limit_bytes(plan.recipe.limits.memory) else FEWEST_TOKENS
+    steps = 1 + REFERENCE_RUNS + tokens + (2 if _is_custom(plan) else 0)
     return (
         probe * (DENSE_RUNS + REFERENCE_RUNS)
         + run_of(plan.structure, PROMPT_TOKENS)
         + Work(
-            values=PASSES_OF_DEQUANTIZING * stored * steps
-            + dense * GENERATED_TOKENS
-            + PASSES_OF_CHECKING * (dense + source),
+            values=PASSES_OF_DEQUANTIZING * stored * steps + dense * tokens + PASSES_OF_CHECKING * (dense + source),
             stored=2.0 * plan.weight_bytes + plan.source_bytes,
             hashed=plan.weight_bytes + itemsize * (dense + source),
             seconds=2 * PROCESS_SECONDS,
@@ -177,11 +178,13 @@ def _evaluate_work(plan: Plan) -> Work:
         found += Work(values=PASSES_OVER_LOGITS * logits, seconds=PROCESS_SECONDS)
         if _is_custom(plan):
             found += Work(values=PASSES_OF_DEQUANTIZING * stored * settings.data.samples / settings.batch_size)
-    if {"speed", "memory"} & set(settings.metrics):
+    limit = limit_bytes(plan.recipe.limits.memory)
+    fits = INTERPRETER_BYTES + plan.source_bytes + CHUNK_BYTES <= limit  # otherwise no speed is measured
+    if fits and {"speed", "memory"} & set(settings.metrics):
         found += load + _speed_work(plan.source) + _speed_work(plan.structure)
         if _is_custom(plan):
             found += Work(values=PASSES_OF_DEQUANTIZING * stored * (PREFILL_RUNS + DECODE_RUNS * DECODE_TOKENS))
-    if "speed" in settings.metrics and stored:
+    if fits and "speed" in settings.metrics and stored:
         found += Work(stored=float(plan.weight_bytes), values=PASSES_OF_DEQUANTIZING * stored)
         found += _speed_work(plan.structure)
     return found

@@ -37,7 +37,7 @@ from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
 from compressor.protocol import BlockView, DataSize, Group, Stage, Traits, Weight, WeightPass, Work
-from compressor.protocol.work import factor_operations
+from compressor.protocol.work import inverse_factor as factor_work
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; the best of 16, 32, 64 for 1024..4096 inputs
 WORKING_ELEMENTS = 1 << 22  # of the rows that are solved at a time: 16 MiB in float32
@@ -128,10 +128,9 @@ class GPTQ(WeightPass):
         count = float(outputs * inputs)
         sampled = sum(min(SAMPLED_ROWS, weight.out_features) for weight in weights)
         errors = 3 * 2.0 * sampled * inputs**2  # of the solution, of rounding to nearest, and of the weight itself
-        return Work(
+        return factor_work(inputs) + Work(
             products=data.tokens * float(inputs) ** 2,
             exact=count * inputs + errors,
-            factors=factor_operations(inputs),
             searched=0.0 if self.scale_search == "minmax" else count,
             values=PASSES_OVER_VALUES * count,
         )

@@ -51,13 +51,13 @@ POOL = 1 << 26  # random values that all weights are cut from
 STANDARD_DEVIATION = 0.02
 COMMAND = [sys.executable, "-m", "compressor"]
 # NVIDIA's data sheet: 989e12 in bfloat16, 67e12 in float32 and float64, 4.8e12 bytes of memory a second, of which
-# GPU_SHARE is reached. Eigenvalues and files are as on a processor.
+# GPU_SHARE is reached. Eigenvalues, diagonal blocks of factorizations and files are as on a processor.
 GPU_SHARE = 0.4
 H200 = Work(
     products=GPU_SHARE * 989e12,
     exact=GPU_SHARE * 67e12,
     double=GPU_SHARE * 67e12,
-    factors=GPU_SHARE * 67e12,
+    factors=2e4,
     spectra=4e9,
     searched=GPU_SHARE * 4.8e12 / 400,
     values=GPU_SHARE * 4.8e12 / 8,
