@@ -45,13 +45,18 @@ def dense_bytes(directory: Path) -> int:
     )
 
 
-def verification_bytes(directory: Path, source: Path | None) -> int:
+def verification_bytes(directory: Path, source: Path | None) -> float:
     """Memory for verifying an artifact with whole models.
 
     The stock loader holds it as stored and dequantized, `compressor.load` as stored, and the source is beside them.
     """
     beside = 0 if source is None else dense_bytes(source)
-    return INTERPRETER_BYTES + dense_bytes(directory) + 2 * open_checkpoint(directory).nbytes + beside
+    return whole_verification_bytes(dense_bytes(directory), open_checkpoint(directory).nbytes, beside)
+
+
+def whole_verification_bytes(dense: float, stored: int, source: int) -> float:
+    """The same from bytes of the artifact's dequantized weights, of its stored ones, and of the source's."""
+    return INTERPRETER_BYTES + dense + 2 * stored + source
 
 
 def _itemsize(checkpoint: Checkpoint) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from compressor.artifact.generation import FEWEST_TOKENS, GENERATED_TOKENS, PROMPT_TOKENS
-from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes
+from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes, whole_verification_bytes
 from compressor.engine.events import PredictedStage
 from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.part_work import chosen_groups, data_size, part_works, run_of, sample_tokens, tokens_of
@@ -151,7 +151,7 @@ def _verify_work(plan: Plan) -> Work:
     dense = float(sum(part.values for part in part_works(plan.structure)))
     source = float(sum(part.values for part in part_works(plan.source)))
     itemsize = plan.structure.dtype.itemsize
-    needed = INTERPRETER_BYTES + 2 * plan.weight_bytes + itemsize * dense + plan.source_bytes
+    needed = whole_verification_bytes(itemsize * dense, plan.weight_bytes, plan.source_bytes)
     tokens = GENERATED_TOKENS if needed <= limit_bytes(plan.recipe.limits.memory) else FEWEST_TOKENS
     steps = 1 + REFERENCE_RUNS + tokens + (2 if _is_custom(plan) else 0)
     return (
