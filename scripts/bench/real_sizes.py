@@ -5,10 +5,10 @@
     python scripts/bench/real_sizes.py predict llama-8b gptq-w4a16     # time of each stage, here and elsewhere
     python scripts/bench/real_sizes.py run llama-8b gptq-w4a16 --blocks 2 --set data.samples=8
 
-`run` measures the time of each stage and the peak memory of each process. With --kill SHARE the run is also killed when
-this share of its parts is stored, resumed, and compared byte by byte with the uninterrupted run. `predict` multiplies
-the counted work by the rates of this machine, by eight times these (16 cores if this machine has 2), and by those of an
-H200 as its data sheet gives them, of which it is assumed to reach GPU_SHARE. Calibration and
+`run` measures the time of each stage, beside the predicted one, and the peak memory of each process. With --kill SHARE
+the run is also killed when this share of its parts is stored, resumed, and compared byte by byte with the uninterrupted
+run. `predict` multiplies the counted work by the rates of this machine, by eight times these (16 cores if this machine
+has 2), and by those of an H200 as its data sheet gives them, of which it is assumed to reach GPU_SHARE. Calibration and
 evaluation use random tokens, since random weights need no tokenizer. Shapes: the config.json files of the models.
 """
 
@@ -191,6 +191,9 @@ def run(recipe: str, model: Path, scratch: Path, changes: list[str], kill: float
         return row | {"error": json.loads(done["output"].splitlines()[-1]).get("message")}
     report = json.loads(report_file.read_text())
     row |= {key: report["run"][key] for key in ("seconds_by_stage", "predicted_peak_bytes")}
+    events = [json.loads(line) for line in done["output"].splitlines()]
+    stages = next((event["stages"] for event in events if event["event"] == "predicted"), [])
+    row["predicted_seconds"] = {stage["name"]: round(sum(stage["parts"]), 1) for stage in stages if stage["known"]}
     if kill is not None:
         other = scratch / f"{recipe}-resumed"
         parts = round(kill * (json.loads((model / "config.json").read_text())["num_hidden_layers"] + 2))
