@@ -31,8 +31,8 @@ def part_works(structure: Structure) -> list[PartWork]:
 
 def _outputs_of(structure: Structure, part: int) -> int:
     """Values that a part gives for each token: those of its last matmul; 0 if it has none."""
-    stages = structure.stages(part) if part else []
-    return sum(weight.out_features for weight in stages[-1][-1]) if stages else 0
+    groups = [group for stage in structure.stages(part) for group in stage] if part else []
+    return sum(weight.out_features for weight in groups[-1]) if groups else 0
 
 
 def _run_work(structure: Structure, part: int) -> Work:

@@ -156,7 +156,8 @@ def _info(structure: Structure, name: str, shape: tuple[int, ...]) -> TensorInfo
 
 
 def _config(values: dict[str, Any]) -> PretrainedConfig:
-    values = copy.deepcopy(values)
+    """The config from values of a config.json, where infinite numbers may be written as {"__float__": "Infinity"}."""
+    values = PretrainedConfig._decode_special_floats(copy.deepcopy(values))
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

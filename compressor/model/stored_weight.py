@@ -55,20 +55,21 @@ class StoredWeight:
         return cls(entry["form"], entry["spec"], Weight(**values))
 
 
-DISTANCE_ELEMENTS = 1 << 22  # compared at a time, so that no second copy of a matrix is needed
+DISTANCE_ELEMENTS = 1 << 20  # compared at a time: they stay in a cache, and no second copy of a matrix is needed
 
 
 def relative_distance(found: torch.Tensor, meant: torch.Tensor) -> float:
     """Frobenius norm of the difference divided by that of `meant`; 0 if both are zero, Inf if only `meant` is.
 
-    found, meant  of the same shape and any floating dtype; differences are float32, their sums float64
+    found, meant  of the same shape and any floating dtype; differences and sums of a row are float32, the sum of the
+                  rows float64
     """
     rows = max(1, DISTANCE_ELEMENTS // max(1, meant[:1].numel())) if meant.dim() > 1 else DISTANCE_ELEMENTS
     difference = size = 0.0
     for first, second in zip(found.split(rows), meant.split(rows), strict=True):
         second = second.to(torch.float32)
-        difference += float((first.to(second) - second).square().sum(dtype=torch.float64))
-        size += float(second.square().sum(dtype=torch.float64))
+        difference += float((first.to(second) - second).square_().sum(-1).sum(dtype=torch.float64))
+        size += float(second.square().sum(-1).sum(dtype=torch.float64))
     if size == 0:
         return 0.0 if difference == 0 else float("inf")
     return (difference / size) ** 0.5

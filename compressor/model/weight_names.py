@@ -174,13 +174,28 @@ class _Renaming:
 
 
 def read_parameter(name: str, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
-    """The value of one parameter or buffer as transformers loads it. `read` takes checkpoint names."""
+    """The value of one parameter or buffer as transformers loads it. `read` takes checkpoint names.
+
+    The tensors of experts that are joined row by row are read one after the other, so no second copy of them exists.
+    """
     sources = bindings.sources[name]
     rule = bindings.rules.get(name)
     if rule is None:
         return read(sources[0].tensor)
+    if all(source.rows is not None for source in sources):
+        return _joined_rows(sources, read, model.get_parameter(name).shape)
     tensors = [(source, read(source.tensor)) for source in sources]
     return _convert(rule, tensors, model)[name]
+
+
+def _joined_rows(sources: tuple[Source, ...], read: Callable[[str], Tensor], shape: torch.Size) -> Tensor:
+    """A parameter (experts, rows, ...) of this shape, whose rows the sources fill."""
+    first = read(sources[0].tensor)
+    value = torch.empty(shape, dtype=first.dtype, device=first.device)
+    for source in sources:
+        assert source.rows is not None
+        value[source.expert, source.rows[0] : source.rows[1]] = first if source is sources[0] else read(source.tensor)
+    return value
 
 
 def fill(module_name: str, tensor: Tensor | None, model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from raising import raises
 
 from compressor.engine.calibration_batch import CalibrationBatch, equal_calls, finish_part, run_part
 from compressor.engine.plan import make_plan
+from compressor.engine.stage_times import stage_works
 from compressor.errors import CompressError, ModelError
 from compressor.model import wrong_key
 from compressor.model.block_runner import Pieces
@@ -60,6 +61,7 @@ def test_the_family_is_planned(family, saved):
     plan = planned(saved(family))
     assert not plan.problems, plan.problems[0]
     assert plan.forms
+    assert all(stage.known for stage in stage_works(plan, measure=True))
 
 
 @pytest.mark.slow

@@ -196,6 +196,19 @@ FURTHER: dict[str, Callable[..., hf.PreTrainedModel]] = {
     "phimoe": lambda **kw: hf.PhimoeForCausalLM(hf.PhimoeConfig(**{**MOE, **kw})),
     "gpt_oss": lambda **kw: hf.GptOssForCausalLM(hf.GptOssConfig(**{**MOE, "head_dim": 8, **kw})),
     "granitemoe": lambda **kw: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**{**MOE, **kw})),
+    "bamba": lambda **kw: hf.BambaForCausalLM(  # its config.json has an infinite number
+        hf.BambaConfig(
+            **{
+                **TEXT,
+                "attn_layer_indices": [1],
+                "mamba_n_heads": 8,
+                "mamba_d_head": 8,
+                "mamba_n_groups": 1,
+                "mamba_d_state": 8,
+                **kw,
+            }
+        )
+    ),
     "jamba": lambda **kw: hf.JambaForCausalLM(
         hf.JambaConfig(
             **{

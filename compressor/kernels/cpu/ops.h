@@ -40,7 +40,7 @@ int64_t gptq_solve(int64_t level, int64_t threads, float* work, float* errors, f
 int64_t scale_search(int64_t level, int64_t threads, const float* weight, const float* importance, float* scale, float* zero,
                      int64_t rows, int64_t groups, int64_t size, int64_t bits, int64_t symmetric, int64_t stored, double coarse, double fine,
                      int64_t steps);
-int64_t has_bfloat16_products();  // 1 if this processor multiplies bfloat16 with sums in float32, and second_moments is fast
+int64_t has_bfloat16_products();  // 1 if this processor multiplies bfloat16 with sums in float32, faster than float32: second_moments is fast
 // matrix (columns, columns) of rows `stride` apart = keep * matrix + weight * x^T x on and above the diagonal; x (tokens, columns) bfloat16.
 // packed: memory for ceil(columns / 48) * ceil(tokens / 2) * 48 numbers.
 int64_t second_moments(int64_t level, int64_t threads, const uint16_t* x, uint32_t* packed, float* matrix, int64_t tokens, int64_t columns,

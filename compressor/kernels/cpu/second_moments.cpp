@@ -68,7 +68,8 @@ TARGET_BF16 void multiply_bf16(const uint32_t* a, const uint32_t* b, int64_t pai
 
 extern "C" int64_t has_bfloat16_products() {
 #ifdef COMPRESSOR_AVX512BF16
-  return level_is_there(AVX512VNNI) && __builtin_cpu_supports("avx512bf16");
+  // On Zen 4 the instruction does twice the products of float32 in the same time, on Emerald Rapids two thirds of them (our measurements).
+  return level_is_there(AVX512VNNI) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 #else
   return 0;
 #endif
@@ -80,7 +81,7 @@ extern "C" int64_t second_moments(int64_t level, int64_t threads, const uint16_t
   if (!level_is_there(level)) return BAD_LEVEL;
   Multiply multiply = multiply_scalar;
 #ifdef COMPRESSOR_AVX512BF16
-  if (level >= AVX512VNNI && has_bfloat16_products()) multiply = multiply_bf16;
+  if (level >= AVX512VNNI && __builtin_cpu_supports("avx512bf16")) multiply = multiply_bf16;
 #endif
   const int64_t panels = (columns + PANEL - 1) / PANEL, pairs = (tokens + 1) / 2, sides = (columns + SIDE - 1) / SIDE;
   parallel(threads, panels, [&](int64_t panel) { pack(x, packed, tokens, columns, panel); });

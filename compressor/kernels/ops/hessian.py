@@ -1,8 +1,8 @@
 """Adds second moments of inputs to one triangle of a Hessian; the other triangle mirrors it.
 
 torch has no symmetric product. Columns are divided in halves: the moments of each half, then one product of the two
-halves, so that most of the work is in large products. bfloat16 inputs on a processor that multiplies them with sums in
-float32 are not converted: the compiled library does it, at twice the speed of float32. Importing this module registers
+halves, so that most of the work is in large products. bfloat16 inputs on a processor that multiplies them faster than
+float32, with sums in float32, are not converted: the compiled library does it. Importing this module registers
 torch.ops.compressor.hessian_add_, which works without the compiled library.
 """
 
