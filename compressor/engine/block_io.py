@@ -7,7 +7,7 @@ first. So the running model computes exactly what a user of the artifact will ge
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,15 +125,28 @@ class Installed:
             setattr(self.structure.model.get_submodule(owner), leaf, module)
 
 
-def fill_part(structure: Structure, part: int, source: PartSource, device: torch.device) -> None:
-    """Fill the model's parameters of one part. All other parameters stay as they are."""
+def fill_part(
+    structure: Structure, part: int, source: PartSource, device: torch.device, compared: Collection[str] = ()
+) -> bool:
+    """Fill the model's parameters of one part. All other parameters stay as they are.
+
+    compared  names of parameters that have values
+    returns   whether these had the same values before
+    """
+    same = True
     for name in structure.parameters_of(part):
         value = read_parameter(name, structure.bindings, source.read, structure.model)
-        fill(name, value.to(device, structure.bindings.dtypes[name]), structure.model)
+        value = value.to(device, structure.bindings.dtypes[name])
+        same = same and (name not in compared or torch.equal(structure.model.get_parameter(name), value))
+        fill(name, value, structure.model)
     for form in source.forms.values():
         if form.weight.parameter in structure.bindings.tied:  # an untied output head has no tensor in the source
-            fill(form.weight.parameter, source.read(form.weight.tensor).to(device), structure.model)
+            value = source.read(form.weight.tensor).to(device)
+            held = form.weight.parameter in compared
+            same = same and (not held or torch.equal(structure.model.get_parameter(form.weight.parameter), value))
+            fill(form.weight.parameter, value, structure.model)
     tie(structure)
+    return same
 
 
 def free_part(structure: Structure, part: int) -> None:

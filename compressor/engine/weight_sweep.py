@@ -138,11 +138,10 @@ def _read_back(part: Part, source: PartSource, device: torch.device) -> None:
     """Load the part as it is stored. Paused batches start again unless it is bit-identical to what the passes left."""
     structure, installed = part.structure, part.installed
     waiting = [batch for batch in part.batches if batch.recorded is not None]
-    left = watched_parameters(structure, part.number) if waiting else {}
+    compared = set(watched_parameters(structure, part.number)) if waiting else set()
     stands_in = bool(installed.originals)
     installed.remove()
-    fill_part(structure, part.number, source, device)
-    same = all(torch.equal(value, structure.model.get_parameter(name)) for name, value in left.items())
+    same = fill_part(structure, part.number, source, device, compared)
     installed.install_stored(source, device)
     if stands_in or not same:
         for batch in waiting:
