@@ -139,8 +139,8 @@ class SweepMemory:
 
 
 def _sweep_memory(recipe: Recipe, structure: Structure, reshapes: Sequence[Reshape], selected: Selected) -> SweepMemory:
-    """Interpreter, embeddings, and the larger of these: the output head; a block twice with a batch and the working
-    copies of a pass; a part that a step rewrites.
+    """Interpreter, and the largest of these: embeddings and output head; a block twice with a batch and the working
+    copies of a pass, beside the embeddings if these stay in memory; a part that a step rewrites.
     """
     parts = _part_bytes(structure)
     blocks = parts[1:-1]
@@ -152,7 +152,8 @@ def _sweep_memory(recipe: Recipe, structure: Structure, reshapes: Sequence[Resha
         streams = max(streams, 3)
     batch = _batch_bytes(structure, min(BATCH_TOKENS, max(tokens, 1)))
     resident = held if recipe.model.placement == "resident" else 0
-    in_blocks = parts[0] + 2 * held + _working_bytes(recipe, structure, selected, in_blocks=True) + batch
+    stay = resident or any(not isinstance(s.settings, WeightPass) or s.settings.decides for s in recipe.steps)
+    in_blocks = (parts[0] if stay else 0) + 2 * held + _working_bytes(recipe, structure, selected, in_blocks=True) + batch
     at_head = parts[0] + parts[-1] + _working_bytes(recipe, structure, selected, in_blocks=False) + resident
     rewriting = max((_rewriting_bytes(recipe, reshape) for reshape in reshapes), default=0)
     return SweepMemory(

@@ -11,7 +11,8 @@ A walk guarantees:
 - After the caller's work the batches run through the changed part, unless the work did this itself (`Part.advance`).
   The embeddings make the hidden states. After the output head there is nothing to run.
 - Then every replaced module is restored and the block is freed, unless all blocks stay (placement `resident`).
-  Embeddings and output head stay in memory, since they may share weights. The caller frees everything at the end.
+  Embeddings and output head stay in memory, since they may share weights, or the embeddings are freed with the blocks
+  and loaded again before the output head (`Holder.keeps_embeddings`). The caller frees everything at the end.
 - `done` is called for each part that has run, with its seconds.
 """
 
@@ -116,9 +117,10 @@ def part_forms(source: PartSource, number: int) -> dict[str, StoredWeight]:
 class Holder:
     """Loads each part of a walk, and frees the blocks that were used.
 
-    source        number of a part -> where it lies; None: the part isn't used, so it isn't loaded
-    stopped       message of Interrupted
-    keeps_blocks  every block stays in memory
+    source            number of a part -> where it lies; None: the part isn't used, so it isn't loaded
+    stopped           message of Interrupted
+    keeps_blocks      every block stays in memory
+    keeps_embeddings  the embeddings stay in memory; if not, their source at the output head is as they are then
     """
 
     structure: Structure
@@ -127,18 +129,24 @@ class Holder:
     is_interrupted: Callable[[], bool]
     stopped: str = "stopped between two parts"
     keeps_blocks: bool = False
+    keeps_embeddings: bool = True
 
     @contextmanager
     def __call__(self, number: int) -> Iterator[Installed]:
         if self.is_interrupted():
             raise Interrupted(self.stopped, hint="Run the same command with --resume to continue.")
         structure, source = self.structure, self.source(number)
+        if number > structure.block_count and not self.keeps_embeddings:
+            embeddings = self.source(0)
+            assert embeddings is not None
+            fill_part(structure, 0, embeddings, self.device)
         installed = Installed(structure) if source is None else load_part(structure, number, source, self.device)
         try:
             yield installed
         finally:
             installed.remove()
-            if source is not None and 0 < number <= structure.block_count and not self.keeps_blocks:
+            stays = self.keeps_blocks if number else self.keeps_embeddings
+            if source is not None and number <= structure.block_count and not stays:
                 free_part(structure, number)
 
 

@@ -74,7 +74,8 @@ def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], bef
     sweeper.begin(number, steps)
     decisions = decide(sweeper, number, steps, before)
     sweep = StoringSweep(sweeper, number, steps, before, sweeper.batches(steps), decisions)
-    hold = sweeper.holder(sweep.source, keeps_blocks=sweeper.plan.recipe.model.placement == "resident")
+    stays = sweeper.plan.recipe.model.placement == "resident"
+    hold = sweeper.holder(sweep.source, keeps_blocks=stays, keeps_embeddings=stays)
     after = Written()
 
     def done(part: Part, seconds: float) -> None:
