@@ -1,4 +1,4 @@
-"""The model families that coverage.py tries: the class of each, and what its tiny config needs beside small sizes.
+"""The model families that families.py tries: the class of each, and what its tiny config needs beside small sizes.
 
 A family is named after its type in transformers, with a suffix where one type has several kinds of models. `SIZES` of
 tests/support/many_models.py makes the sizes small, also in the configs inside a config; the changes here are made after
@@ -185,12 +185,12 @@ DECODERS: dict[str, Row] = {
     "mamba2": ("Mamba2ForCausalLM", {"num_heads": 4, "head_dim": 16, "n_groups": 1}),
     "falcon_mamba": ("FalconMambaForCausalLM", {"time_step_rank": 8}),
     "rwkv": ("RwkvForCausalLM", {"attention_hidden_size": 32, "context_length": 128}),
-    "xlstm": ("xLSTMForCausalLM", {}),
+    "xlstm": ("xLSTMForCausalLM", {"hidden_size": 128, "embedding_dim": 128}),
     "recurrent_gemma": ("RecurrentGemmaForCausalLM", {"num_hidden_layers": 3, "attention_window_size": 16}),
     "lfm2": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
     "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
-    "kimi_linear": ("KimiLinearForCausalLM", {}),
-    "mistral4": ("Mistral4ForCausalLM", LATENT),
+    "kimi_linear": ("KimiLinearForCausalLM", {**LATENT, "layer_types": ["linear_attention", "full_attention"]}),
+    "mistral4": ("Mistral4ForCausalLM", {**LATENT, "head_dim": 16}),
     "hy_v3": ("HYV3ForCausalLM", {}),
     "hy_v4": ("HYV4ForCausalLM", {}),
     "ernie4_5": ("Ernie4_5ForCausalLM", {}),
@@ -283,13 +283,14 @@ VISION: dict[str, Row] = {
     "siglip2-classifier": ("Siglip2ForImageClassification", {}),
     "ijepa": ("IJepaForImageClassification", PATCHES),
 }
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 TOWER = {"depth": 2, "out_hidden_size": 32}
 IMAGES_OF_CLIP = {"model_type": "clip_vision_model", **PATCHES}
 WRAPPERS: dict[str, Row] = {
     "llava": ("LlavaForConditionalGeneration", {"vision_config": IMAGES_OF_CLIP, "image_token_index": 90}),
     "paligemma": ("PaliGemmaForConditionalGeneration", {"vision_config": PATCHES, "image_token_index": 90}),
-    "qwen2_vl": ("Qwen2VLForConditionalGeneration", {"vision_config": {"depth": 2}}),
-    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", {"vision_config": TOWER}),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", {"text_config": SECTIONS, "vision_config": {"depth": 2}}),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", {"text_config": SECTIONS, "vision_config": TOWER}),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", {"vision_config": TOWER}),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {"vision_config": TOWER}),
     "qwen3_5-conditional": ("Qwen3_5ForConditionalGeneration", {"text_config": LINEAR}),
@@ -313,7 +314,7 @@ WRAPPERS: dict[str, Row] = {
     ),
     "mistral3": ("Mistral3ForConditionalGeneration", {}),
     "internvl": ("InternVLForConditionalGeneration", {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}),
-    "glm4v": ("Glm4vForConditionalGeneration", {"vision_config": TOWER}),
+    "glm4v": ("Glm4vForConditionalGeneration", {"text_config": SECTIONS, "vision_config": TOWER}),
     "idefics3": ("Idefics3ForConditionalGeneration", {"vision_config": PATCHES, "image_token_id": 90}),
     "smolvlm": ("SmolVLMForConditionalGeneration", {"vision_config": PATCHES, "image_token_id": 90}),
     "aria": ("AriaForConditionalGeneration", {"image_token_index": 90}),
@@ -321,8 +322,8 @@ WRAPPERS: dict[str, Row] = {
         "Llama4ForConditionalGeneration",
         {"vision_config": {**PATCHES, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}},
     ),
-    "kimi_k25": ("Kimi_K25ForConditionalGeneration", {}),
-    "mistral_large4": ("MistralLarge4ForConditionalGeneration", {}),
+    "kimi_k25": ("Kimi_K25ForConditionalGeneration", {"text_config": LATENT}),
+    "mistral_large4": ("MistralLarge4ForConditionalGeneration", {"text_config": LATENT}),
 }
 ENCODER_DECODERS: dict[str, Row] = {
     "t5": ("T5ForConditionalGeneration", {}),

@@ -1,18 +1,17 @@
-"""Runs the recipes of coverage.py on one model family, and compares an artifact with what it should be.
+"""Runs the recipes of families.py on one model family, and compares an artifact with what it should be.
 
-coverage.py forks a process that imports this. The comparison shares no code with the package: it reads manifest and
+families.py forks a process that imports this. The comparison shares no code with the package: it reads manifest and
 tensors by docs/format.md.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy
 import torch
 import transformers
 import yaml
-from coverage_models import Family, build
+from family_models import Family, build
 from safetensors import safe_open
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from compressor.model.probe_model import example_batch, use_eager_experts
 
 LENGTH, SAMPLES = 32, 8
 IMAGES = 16
+ERROR_TOLERANCE = 1e-3  # of an error that the run has recorded, for sums in another order
 OPTIONS = ["--json", "--no-eval", "--device", "cpu", "--threads", "1"]
 
 Result = dict[str, Any]
@@ -83,7 +83,7 @@ def write_images(model: transformers.PreTrainedModel, folder: Path) -> Path:
 def compress(recipe: Path, source: Path, output: Path) -> Result:
     """Run a recipe without evaluation. The result has the outcome and the error, if there was one."""
     places = ["--model", str(source), "--output", str(output)]
-    code, events, errors = tell(["run", str(recipe), *places, *OPTIONS], recipe.with_suffix(""))
+    code, events, errors = tell(["run", str(recipe), *places, *OPTIONS])
     if code == 0:
         report = next(event for event in events if event["event"] == "result")["report"]
         return {
@@ -99,30 +99,11 @@ def compress(recipe: Path, source: Path, output: Path) -> Result:
     return {"outcome": "refused" if stage == "plan" else "failed", **found}
 
 
-def tell(arguments: list[str], log: Path) -> tuple[int, list[dict[str, Any]], str]:
+def tell(arguments: list[str]) -> tuple[int, list[dict[str, Any]], str]:
     """Run a command in this process. Returns its exit code, the events that it printed, and its standard error."""
-    with captured(log):
+    with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()) as errors:
         code = compress_model(arguments)
-    lines = log.with_suffix(log.suffix + ".out").read_text().splitlines()
-    return code, [json.loads(line) for line in lines], log.with_suffix(log.suffix + ".err").read_text()
-
-
-@contextmanager
-def captured(log: Path) -> Iterator[None]:
-    """Write both output streams of this process and of those that it starts to files."""
-    kept = [os.dup(1), os.dup(2)]
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        target = os.open(log.with_suffix(log.suffix + suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(target, number)
-        os.close(target)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, before in zip((1, 2), kept, strict=True):
-            os.dup2(before, number)
-            os.close(before)
+    return code, [json.loads(line) for line in printed.getvalue().splitlines()], errors.getvalue()
 
 
 def compare(source: Path, artifact: Path) -> Result:
@@ -144,6 +125,13 @@ def compare(source: Path, artifact: Path) -> Result:
         for name in sorted(before.keys() & after.keys() - taken)
         if not equal(before[name], after[name])
     ]
+    recorded = manifest["source"]["relative_errors"]
+    errors = {name: relative_error(values[name], entry, before) for name, entry in weights.items()}
+    differs += [
+        f"{name} has a relative error of {error:.4g} against the source, {recorded[name]} is recorded"
+        for name, error in errors.items()
+        if recorded[name] is None or not abs(error - recorded[name]) <= ERROR_TOLERANCE * error
+    ]
     try:
         differs += loaded_differences(source, artifact, manifest, values)
     except Exception as error:  # any: what plain transformers makes of the artifact is the result
@@ -152,6 +140,7 @@ def compare(source: Path, artifact: Path) -> Result:
     return {
         "outcome": "differs" if differs else "lost tensors" if lost else "exact",
         "quantized_weights": len(weights),
+        "largest_error": max(errors.values(), default=0.0),
         "quantized_share": sum(value.numel() for value in values.values()) / matrices,
         "left_out": {name: said[name] for name in missing if name in said},
         "lost": lost,
@@ -192,6 +181,13 @@ def unpacked(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
     return codes.to(scale.dtype) * scale
 
 
+def relative_error(value: Tensor, entry: dict[str, Any], source: dict[str, Tensor]) -> float:
+    """Frobenius norm of the difference from the source's weight, divided by that of the weight."""
+    meant = source[entry["tensor"]].float()
+    meant = meant.t() if entry["transposed"] else meant
+    return float((value.float() - meant).norm() / meant.norm())
+
+
 def signed(packed: Tensor, bits: int, count: int) -> Tensor:
     """Codes of rows of little-endian bit streams in int32 words, minus half of their range."""
     stream = numpy.unpackbits(packed.numpy().astype("<i4").view(numpy.uint8), axis=1, bitorder="little")
@@ -216,6 +212,8 @@ def loaded_differences(source: Path, artifact: Path, manifest: dict[str, Any], v
         differs.append(f"unexpected_keys: {more[:4]}")
     for model in (meant, found.eval()):
         use_eager_experts(model.config)
+    if hasattr(found.config, "_is_quantized"):  # the code of Jamba then computes a sum in another order
+        meant.config._is_quantized = found.config._is_quantized
     inputs = example_batch(meant, torch.device("cpu"))
     with torch.no_grad():
         outputs = [model(**inputs)[0] for model in (meant, found, found)]

@@ -23,17 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts" / "bench"), str(ROOT / "tests" / "support")]
 
-import coverage_page  # noqa: E402
+import family_page  # noqa: E402
 import result_file  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from coverage_models import FAMILIES, Family, Kind  # noqa: E402
+from family_models import FAMILIES, Family, Kind  # noqa: E402
 
 from compressor.process.child import fork_from_here  # noqa: E402
 from compressor.process.fork_server import IMPORTS  # noqa: E402
@@ -63,7 +60,7 @@ def work(family: Family, folder: Path, results: Path, recipes: Recipes) -> None:
     """The process of one family. Appends a line to `results` for each recipe."""
     os.setsid()
     fork_from_here()
-    from coverage_check import examine  # it imports the package, which a process that verifies does anew
+    from family_check import examine  # it imports the package, which a process that verifies does anew
 
     transformers.dynamic_module_utils.HF_MODULES_CACHE = str(folder / "modules")
     torch.set_num_threads(1)
@@ -74,7 +71,7 @@ def work(family: Family, folder: Path, results: Path, recipes: Recipes) -> None:
 
 def measure(family: Family, limit: float, recipes: Recipes) -> dict[str, Result]:
     """Results of one family by recipe. A recipe whose process is killed or takes too long has that as its outcome."""
-    with tempfile.TemporaryDirectory(prefix="coverage-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="families-") as scratch:
         folder, results = Path(scratch), Path(scratch) / "results.jsonl"
         results.touch()
         child = multiprocessing.get_context("fork").Process(target=work, args=(family, folder, results, recipes))
@@ -100,13 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", action="append", help="run this recipe alone, or several of them: gptq")
     parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="time of one family")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page of --output; measure only FAMILY")
-    result_file.add_output(parser, "coverage")
+    result_file.add_output(parser, "families")
     settings = parser.parse_args(arguments)
     if settings.list:
         print("\n".join(FAMILIES))
         return 0
     if unknown := set(settings.families) - FAMILIES.keys():
         parser.error(f"unknown families: {', '.join(sorted(unknown))}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for module in IMPORTS:  # so that they are not imported once for each family
         importlib.import_module(module)
     report = json.loads(settings.output.read_text()) if settings.output.exists() else {"rows": {}}
@@ -120,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(name, ", ".join(f"{key}: {result['outcome']}" for key, result in found.items()), flush=True)
         result_file.write(report, settings.output)
     if settings.docs:
-        settings.docs.write_text(coverage_page.page(report))
+        settings.docs.write_text(family_page.page(report))
     return 0
 
 
