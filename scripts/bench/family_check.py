@@ -19,7 +19,7 @@ import numpy
 import torch
 import transformers
 import yaml
-from family_models import Family, build
+from family_models import Family, build, save
 from safetensors import safe_open
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from compressor.model.probe_model import example_batch, use_eager_experts
 
 LENGTH, SAMPLES = 32, 8
 IMAGES = 16
+OTHER_PIXELS = (3, 32, 32)  # of images for a model whose inputs are not known
 ERROR_TOLERANCE = 1e-3  # of an error that the run has recorded, for sums in another order
 OPTIONS = ["--json", "--no-eval", "--device", "cpu", "--threads", "1"]
 
@@ -39,14 +40,17 @@ def examine(family: Family, folder: Path, recipes: dict[str, list[dict[str, Any]
     """Give the results of a family by recipe, or one result `build` if there is no model."""
     try:
         model = build(family)
-        check_runs(model)
-        model.save_pretrained(folder / "source")
+        inputs = known_inputs(model)
+        if inputs is not None:
+            check_runs(model, inputs)
+        save(family, model, folder / "source")
     except Exception as error:  # any: rules of sizes are the class's own
         yield "build", {"outcome": "not built", "message": f"{type(error).__name__}: {error}"[:400]}
         return
     data: dict[str, Any] = {"source": "random", "samples": SAMPLES, "length": LENGTH}
     if model.main_input_name == "pixel_values":
-        data = {"source": str(write_images(model, folder)), "samples": SAMPLES}
+        size = OTHER_PIXELS if inputs is None else inputs["pixel_values"].shape[1:]
+        data = {"source": str(write_images(folder, *size)), "samples": SAMPLES}
     for name, steps in recipes.items():
         recipe = folder / f"{name}.yaml"
         recipe.write_text(yaml.safe_dump({"version": 1, "name": name, "data": data, "steps": steps}))
@@ -57,26 +61,27 @@ def examine(family: Family, folder: Path, recipes: dict[str, list[dict[str, Any]
         yield name, {**result, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def check_runs(model: transformers.PreTrainedModel) -> None:
-    """Run the model if its inputs are known. raises what it raises; ValueError for outputs that aren't finite"""
+def known_inputs(model: transformers.PreTrainedModel) -> dict[str, Tensor] | None:
+    """Inputs of the model, or None for a model that reads others, which `plan` refuses."""
     if model.config.is_encoder_decoder:
-        return
+        return None
     try:
-        inputs = example_batch(model, torch.device("cpu"))
-    except CompressError:  # `plan` refuses such a model
-        return
-    with torch.no_grad():
-        output = model(**inputs)[0]
-    if not bool(torch.isfinite(output).all()):
+        return example_batch(model, torch.device("cpu"))
+    except CompressError:
+        return None
+
+
+@torch.no_grad()
+def check_runs(model: transformers.PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    """Run the model. raises what it raises; ValueError for outputs that aren't finite"""
+    if not bool(torch.isfinite(model(**inputs)[0]).all()):
         raise ValueError("outputs are not finite")
 
 
-def write_images(model: transformers.PreTrainedModel, folder: Path) -> Path:
-    """Random images of the size that the model reads, as a data file."""
-    pixels = example_batch(model, torch.device("cpu"))["pixel_values"]
-    generator = numpy.random.default_rng(0)
-    images = generator.integers(0, 255, (IMAGES, *pixels.shape[2:], pixels.shape[1]), dtype=numpy.uint8)
-    numpy.savez(folder / "images.npz", images=images, labels=numpy.arange(IMAGES) % 3)
+def write_images(folder: Path, channels: int, height: int, width: int) -> Path:
+    """Random images as a data file."""
+    pixels = numpy.random.default_rng(0).integers(0, 255, (IMAGES, height, width, channels), dtype=numpy.uint8)
+    numpy.savez(folder / "images.npz", images=pixels, labels=numpy.arange(IMAGES) % 3)
     return folder / "images.npz"
 
 
@@ -91,7 +96,8 @@ def compress(recipe: Path, source: Path, output: Path) -> Result:
             "export_format": report["route"]["name"],
             "warnings": dict(Counter(warning["code"] for warning in report["warnings"])),
         }
-    stage = next((event["name"] for event in reversed(events) if event["event"] == "stage"), "recipe")
+    stages = [event.get("name", "sweep") for event in events if event["event"] in ("stage", "sweep")]
+    stage = stages[-1] if stages else "recipe"
     error = next((event for event in events if event["event"] == "error"), {})
     found = {"stage": stage, "code": code, **{key: error.get(key) for key in ("where", "message", "hint", "data")}}
     if code == 1:

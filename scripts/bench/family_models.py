@@ -8,11 +8,13 @@ it. Widths are multiples of 32, so that groups of 32 divide them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from many_models import SIZES, tiny_model
+from safetensors.torch import load_file, save_file
 
 Kind = Literal["decoder", "encoder", "vision", "wrapper", "encoder-decoder", "classifier"]
 TITLES: dict[Kind, str] = {
@@ -30,12 +32,23 @@ MOST_PARAMETERS = 1 << 24  # a tiny model has fewer; more means that a size has 
 class Family:
     """cls      name of a model class of transformers
     changes  keys of its config; a dict changes the config of that name inside it
+    beside   tensors that its published checkpoints have and the class doesn't use, as (name, shape)
     """
 
     name: str
     kind: Kind
     cls: str
     changes: dict[str, Any] = field(default_factory=dict)
+    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+def save(family: Family, model: transformers.PreTrainedModel, directory: Path) -> None:
+    """Write a checkpoint, with the tensors beside those of the model."""
+    model.save_pretrained(directory)
+    if family.beside:
+        file = directory / "model.safetensors"
+        more = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in family.beside}
+        save_file(load_file(file) | more, file, {"format": "pt"})
 
 
 def build(family: Family) -> transformers.PreTrainedModel:
@@ -268,7 +281,10 @@ VISION: dict[str, Row] = {
     "data2vec-vision": ("Data2VecVisionForImageClassification", PATCHES),
     "swin": ("SwinForImageClassification", WINDOWS),
     "swinv2": ("Swinv2ForImageClassification", WINDOWS),
-    "convnext": ("ConvNextForImageClassification", {"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2}),
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"image_size": 64, "hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2},
+    ),
     "clip": ("CLIPModel", {"vision_config": PATCHES}),
     "clip-vision": ("CLIPVisionModel", PATCHES),
     "clip-text": ("CLIPTextModel", {}),
@@ -283,16 +299,17 @@ VISION: dict[str, Row] = {
     "siglip2-classifier": ("Siglip2ForImageClassification", {}),
     "ijepa": ("IJepaForImageClassification", PATCHES),
 }
-SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
-TOWER = {"depth": 2, "out_hidden_size": 32}
+DEEP = {"num_hidden_layers": 6}  # the language model has most of the parameters
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}, **DEEP}
+TOWER = {"depth": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
 IMAGES_OF_CLIP = {"model_type": "clip_vision_model", **PATCHES}
 WRAPPERS: dict[str, Row] = {
     "llava": ("LlavaForConditionalGeneration", {"vision_config": IMAGES_OF_CLIP, "image_token_index": 90}),
     "paligemma": ("PaliGemmaForConditionalGeneration", {"vision_config": PATCHES, "image_token_index": 90}),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", {"text_config": SECTIONS, "vision_config": {"depth": 2}}),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", {"text_config": SECTIONS, "vision_config": TOWER}),
-    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {"vision_config": TOWER}),
-    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {"vision_config": TOWER}),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {"text_config": DEEP, "vision_config": TOWER}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {"text_config": DEEP, "vision_config": TOWER}),
     "qwen3_5-conditional": ("Qwen3_5ForConditionalGeneration", {"text_config": LINEAR}),
     "qwen3_5_moe-conditional": ("Qwen3_5MoeForConditionalGeneration", {"text_config": LINEAR}),
     "gemma3-conditional": (
@@ -312,7 +329,7 @@ WRAPPERS: dict[str, Row] = {
         "Gemma4ForConditionalGeneration",
         {"text_config": {**MIXED, "num_kv_shared_layers": 0, "enable_moe_block": True}},
     ),
-    "mistral3": ("Mistral3ForConditionalGeneration", {}),
+    "mistral3": ("Mistral3ForConditionalGeneration", {"text_config": DEEP}),
     "internvl": ("InternVLForConditionalGeneration", {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}),
     "glm4v": ("Glm4vForConditionalGeneration", {"text_config": SECTIONS, "vision_config": TOWER}),
     "idefics3": ("Idefics3ForConditionalGeneration", {"vision_config": PATCHES, "image_token_id": 90}),
@@ -333,6 +350,17 @@ ENCODER_DECODERS: dict[str, Row] = {
 }
 
 
+# layers that predict further tokens, rotary frequencies that older releases saved, heads of the pretraining
+FURTHER = (("model.layers.2.eh_proj.weight", (32, 64)), ("model.layers.2.self_attn.o_proj.weight", (32, 32)))
+BESIDE = {
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa"), FURTHER),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5-conditional"), (("mtp.fc.weight", (32, 64)),)),
+    "mimo_v2_flash": (("model.mtp.layers.0.eh_proj.weight", (32, 64)),),
+    "llama": (("model.layers.0.self_attn.rotary_emb.inv_freq", (4,)),),
+    "bert": (("cls.seq_relationship.weight", (2, 32)), ("cls.predictions.bias", (96,))),
+}
+
+
 def _families() -> dict[str, Family]:
     tables: dict[Kind, dict[str, Row]] = {
         "decoder": DECODERS,
@@ -343,7 +371,7 @@ def _families() -> dict[str, Family]:
         "encoder-decoder": ENCODER_DECODERS,
     }
     rows = [(kind, name, row) for kind, table in tables.items() for name, row in table.items()]
-    return {name: Family(name, kind, *row) for kind, name, row in rows}
+    return {name: Family(name, kind, *row, BESIDE.get(name, ())) for kind, name, row in rows}
 
 
 FAMILIES = _families()
