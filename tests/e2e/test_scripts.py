@@ -343,5 +343,5 @@ def test_the_page_groups_families_by_what_they_were_told(tmp_path):
     page = family_page.page({"rows": rows, "transformers": "5.1", "torch": "2.1+cpu"})
     assert "| `llama` | C | yes, 50%, modeling file | refused 1 |" in page
     assert "| `qwen2` | C | refused 1 |  |" in page
-    assert "1. llama (slicegpt), qwen2 (gptq): refused. a \\[name\\] is\\_wrong. Mend it." in page
+    assert "1. refused: `llama` (slicegpt), `qwen2` (gptq). a \\[name\\] is\\_wrong. Mend it." in page
     assert "Of 2 families, 1 are quantized exactly." in page and "- `mpt`: ValueError: no" in page
