@@ -38,7 +38,7 @@ from compressor.process.fork_server import IMPORTS  # noqa: E402
 Result = dict[str, Any]
 Recipes = dict[str, list[dict[str, Any]]]
 
-LIMIT_SECONDS = 120.0
+LIMIT_SECONDS = 300.0
 QUANTIZE = {"pass": "gptq", "bits": 4, "group_size": 32}
 SLICE = [{"pass": "fuse_norms"}, {"pass": "slicegpt", "sparsity": 0.25, "orientation": "auto"}]
 PRUNE = [{"pass": "vtrans", "target": 0.3, "steps": 2, "samples": 2}]
@@ -74,7 +74,8 @@ def measure(family: Family, limit: float, recipes: Recipes) -> dict[str, Result]
     with tempfile.TemporaryDirectory(prefix="families-") as scratch:
         folder, results = Path(scratch), Path(scratch) / "results.jsonl"
         results.touch()
-        child = multiprocessing.get_context("fork").Process(target=work, args=(family, folder, results, recipes))
+        given = (family, folder, results, recipes)
+        child = multiprocessing.get_context("fork").Process(target=work, args=given, daemon=True)
         child.start()
         child.join(limit)
         code = child.exitcode
