@@ -88,9 +88,9 @@ HEADS_OF_LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "line
 LINEAR = {**HEADS_OF_LINEAR, "linear_value_head_dim": 16, "num_hidden_layers": 4}
 PATCHES = {"image_size": 32, "patch_size": 8}
 WINDOWS = {
-    "image_size": 32,
+    "image_size": 64,
     "patch_size": 4,
-    "window_size": 4,
+    "window_size": 8,
     "depths": [1, 1],
     "num_heads": [2, 4],
     "num_attention_heads": [2, 4],
