@@ -114,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         family = FAMILIES[name]
         asked = {key: steps for key, steps in RECIPES[family.kind].items() if key in (settings.recipe or [key])}
         found = measure(family, settings.limit, asked)
-        before = report["rows"].get(name, {}).get("recipes", {}) if settings.recipe else {}
+        earlier = report["rows"].get(name, {}).get("recipes", {}) if settings.recipe else {}
+        before = {key: result for key, result in earlier.items() if key != "build"}
         report["rows"][name] = {"class": family.cls, "kind": family.kind, "recipes": before | found}
         report |= {"transformers": transformers.__version__, "torch": torch.__version__}
         print(name, ", ".join(f"{key}: {result['outcome']}" for key, result in found.items()), flush=True)
