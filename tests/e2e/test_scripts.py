@@ -6,6 +6,8 @@ import argparse
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,9 @@ from bench import (
     cpu_kernels,
     draw,
     factorization,
+    family_check,
+    family_models,
+    family_page,
     pruning,
     result_file,
     slicegpt,
@@ -24,11 +29,13 @@ from bench import (
     whole_model,
     zero_tprune,
 )
+from safetensors.torch import load_file, save_file
 from train import lm, vit
 
 from compressor.analysis.model_facts import facts_of
 from compressor.analysis.residual_stream import residual_of
 from compressor.kernels import cpu
+from compressor.kernels.ops.packed_codes import pack_codes
 from compressor.methods.rotation.rotation import random_orthogonal
 from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, read_structure
@@ -250,3 +257,91 @@ def test_planted_outliers_keep_what_a_model_computes():
     grown = model.model.layers[1].input_layernorm.weight / gains
     assert sorted(grown.tolist())[-awq.FEATURES :] == pytest.approx([awq.FACTOR] * awq.FEATURES)
     assert (model(input_ids=tokens).logits - wanted).abs().max() < 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.slow
+def test_families_are_compressed_compared_and_told_of_on_a_page(tmp_path):
+    figures, page = tmp_path / "families.json", tmp_path / "families.md"
+    script = Path(family_page.__file__).with_name("families.py")
+    asked = ["llama", "bert-base", "--output", str(figures), "--docs", str(page)]
+    subprocess.run([sys.executable, str(script), *asked], check=True, cwd=tmp_path)
+    rows = json.loads(figures.read_text())["rows"]
+    outcomes = {
+        name: {recipe: found["outcome"] for recipe, found in row["recipes"].items()} for name, row in rows.items()
+    }
+    assert outcomes == {
+        "llama": {"gptq": "exact", "slicegpt": "works", "prefill-pruning": "works"},
+        "bert-base": {"gptq": "exact", "vtrans": "works", "zero-tprune": "works"},
+    }
+    assert rows["llama"]["recipes"]["gptq"]["quantized_weights"] == 14
+    assert "| `llama` | LlamaForCausalLM | yes, 75% | yes | yes |" in page.read_text()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_unpacking_that_shares_no_code_gives_what_was_packed(bits, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    codes, zeros = (torch.randint(0, 2**bits, size, generator=generator) for size in ((6, 64), (6, 2)))
+    scale = torch.rand(6, 2, generator=generator)
+    tensors = {"m.weight_packed": pack_codes(codes.to(torch.uint8), bits), "m.weight_scale": scale}
+    tensors["m.weight_zero_point"] = pack_codes(zeros.t().contiguous().to(torch.uint8), bits).t()
+    spec = {"bits": bits, "group_size": 32, "symmetric": symmetric}
+    entry = {"name": "m", "form": "packed_linear", "spec": spec, "shape": [6, 64]}
+    shift = 2 ** (bits - 1) if symmetric else zeros.repeat_interleave(32, 1)
+    assert torch.equal(family_check.unpacked(entry, tensors), (codes - shift) * scale.repeat_interleave(32, 1))
+
+
+@pytest.fixture(scope="module")
+def compressed_family(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    family_models.build(family_models.FAMILIES["llama"]).save_pretrained(folder / "source")
+    (folder / "r.yaml").write_text(
+        "{version: 1, name: r, data: {source: random, samples: 4, length: 32}, "
+        "steps: [{pass: gptq, bits: 4, group_size: 32}]}"
+    )
+    assert family_check.compress(folder / "r.yaml", folder / "source", folder / "r")["outcome"] == "works"
+    return folder
+
+
+def test_an_artifact_as_it_was_written_is_exact(compressed_family):
+    found = family_check.compare(compressed_family / "source", compressed_family / "r")
+    assert (found["outcome"], found["quantized_weights"], found["lost"], found["differs"]) == ("exact", 14, [], [])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "outcome", "told"),
+    [
+        ("model.layers.1.mlp.up_proj.weight_packed", "differs", "model.layers.1.mlp.up_proj has a relative error"),
+        ("model.layers.0.input_layernorm.weight", "differs", "model.layers.0.input_layernorm.weight is"),
+        ("unknown.weight", "lost tensors", "unknown.weight"),
+    ],
+)
+def test_a_tensor_that_was_changed_or_lost_is_found(tensor, outcome, told, compressed_family, tmp_path):
+    source, artifact = tmp_path / "source", tmp_path / "artifact"
+    shutil.copytree(compressed_family / "source", source)
+    shutil.copytree(compressed_family / "r", artifact)
+    changed = (artifact if outcome == "differs" else source) / "model.safetensors"
+    tensors = load_file(changed)
+    tensors[tensor] = tensors[tensor] + 1 if tensor in tensors else torch.ones(4)
+    save_file(tensors, changed, {"format": "pt"})
+    found = family_check.compare(source, artifact)
+    assert found["outcome"] == outcome
+    assert any(text.startswith(told) for text in found["differs"] + found["lost"])
+
+
+def test_the_page_groups_families_by_what_they_were_told(tmp_path):
+    refused = {"outcome": "refused", "message": "a [name] is_wrong", "hint": "Mend it."}
+    exact = {"outcome": "exact", "quantized_share": 0.5, "export_format": "custom"}
+    rows = {
+        name: {"class": "C", "kind": "decoder", "recipes": recipes}
+        for name, recipes in {
+            "qwen2": {"gptq": refused},
+            "llama": {"gptq": exact, "slicegpt": refused},
+            "mpt": {"build": {"outcome": "not built", "message": "ValueError: no"}},
+        }.items()
+    }
+    page = family_page.page({"rows": rows, "transformers": "5.1", "torch": "2.1+cpu"})
+    assert "| `llama` | C | yes, 50%, modeling file | refused 1 |" in page
+    assert "| `qwen2` | C | refused 1 |  |" in page
+    assert "1. refused: `llama` (slicegpt), `qwen2` (gptq). a \\[name\\] is\\_wrong. Mend it." in page
+    assert "Of 2 families, 1 are quantized exactly." in page and "- `mpt`: ValueError: no" in page
