@@ -153,7 +153,9 @@ def _sweep_memory(recipe: Recipe, structure: Structure, reshapes: Sequence[Resha
     batch = _batch_bytes(structure, min(BATCH_TOKENS, max(tokens, 1)))
     resident = held if recipe.model.placement == "resident" else 0
     stay = resident or any(not isinstance(s.settings, WeightPass) or s.settings.decides for s in recipe.steps)
-    in_blocks = (parts[0] if stay else 0) + 2 * held + _working_bytes(recipe, structure, selected, in_blocks=True) + batch
+    in_blocks = (
+        (parts[0] if stay else 0) + 2 * held + _working_bytes(recipe, structure, selected, in_blocks=True) + batch
+    )
     at_head = parts[0] + parts[-1] + _working_bytes(recipe, structure, selected, in_blocks=False) + resident
     rewriting = max((_rewriting_bytes(recipe, reshape) for reshape in reshapes), default=0)
     return SweepMemory(

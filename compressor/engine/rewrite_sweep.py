@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compressor.engine.block_io import PartSource, free_all, part_name
 from compressor.engine.calibration_batch import CalibrationBatch, run_part
+from compressor.engine.changed_parameter import Change, Changed
 from compressor.engine.events import Emit, Progress
 from compressor.engine.line_facts import LineFacts
 from compressor.engine.walk import Holder, Part, part_event, walk
@@ -47,7 +48,7 @@ class PartView:
     device: torch.device
     generator: torch.Generator
     is_open: bool = True
-    written: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, Tensor | Changed] = field(default_factory=dict)
     warnings: list[Notice] = field(default_factory=list)
 
     @property
@@ -70,15 +71,25 @@ class PartView:
         return [batch.hidden for batch in self.batches]
 
     def read(self, parameter: str) -> Tensor:
-        if parameter in self.written:
-            return self.written[parameter]
-        return _value(self.structure, parameter).to(torch.float64)
+        value = self.written.get(parameter)
+        if value is None:
+            value = _value(self.structure, parameter)
+        return value.made(torch.float64) if isinstance(value, Changed) else value.to(torch.float64)
 
     def write(self, parameter: str, value: Tensor) -> None:
         assert self.is_open, "nothing can be written while a pass surveys"
         expected = self.redefinition.shapes.get(parameter) or tuple(_value(self.structure, parameter).shape)
         assert tuple(value.shape) == expected, f"{parameter}: {tuple(value.shape)}, {expected} was planned"
         self.written[parameter] = value
+
+    def change(self, parameter: str, change: Change, axis: int) -> None:
+        assert self.is_open, "nothing can be written while a pass surveys"
+        value = self.written.get(parameter)
+        if isinstance(value, Changed) and value.axis == axis:
+            self.written[parameter] = value.then(change)
+            return
+        before = _value(self.structure, parameter) if value is None else self.read(parameter)
+        self.written[parameter] = Changed(before, (change,), axis)
 
     def warn(self, code: str, where: str, message: str) -> None:
         self.warnings.append(Notice(code, where, message))
@@ -292,7 +303,8 @@ def _part_tensors(work: Reshaper, part: int, view: PartView) -> dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     for name, now in _parameters_of(work, part).items():
         value = view.written[name] if name in view.written else _value(work.structure, name)
-        value = value.to(planned.bindings.dtypes[now])
+        dtype = planned.bindings.dtypes[now]
+        value = value.made(dtype) if isinstance(value, Changed) else value.to(dtype)
         pieces = split_parameter(planned, now, value)
         tensors |= {tensor: piece.cpu().contiguous() for tensor, piece in pieces.items()}
     for tensor, piece in tensors.items():

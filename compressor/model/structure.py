@@ -317,14 +317,16 @@ def _smaller_configs(probes: Probes, config: PretrainedConfig) -> Iterator[Pretr
 def find_blocks(model: PreTrainedModel) -> str:
     """Path of the module list whose members have most of the parameters. They may be of several classes.
 
+    In a model with several towers it is one of the stack that transformers calls the decoder, which reads the text,
+    also where the vision tower is larger.
+
     raises ModelError for encoder-decoder models and models without such a list
     """
     refuse_two_stacks(model.config, type(model))
-    candidates = {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
+    inside = set(model.get_decoder().modules())
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    chosen = {name: module for name, module in lists.items() if module in inside} or lists
+    candidates = {name: sum(p.numel() for p in module.parameters()) for name, module in chosen.items()}
     if not candidates:
         raise ModelError(
             "it has no list of blocks (nn.ModuleList)",

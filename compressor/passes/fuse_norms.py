@@ -20,11 +20,13 @@ RMSNorms, which needs the modeling file. Cost: one pass over the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 from compressor.lazy import torch
-from compressor.methods.rotation.counted_work import PASSES_OVER_PARAMETERS
+from compressor.methods.rotation.counted_work import PASSES_OVER_PARAMETERS, changed_bytes
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift, untied_head
 from compressor.model.residual_records import ResidualNorm
 from compressor.protocol import (
@@ -56,6 +58,11 @@ class FuseNorms(RewritePass):
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
         return [Work(values=float(PASSES_OVER_PARAMETERS * part.values)) for part in parts]
 
+    def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
+        """The new parameters; with LayerNorm one parameter in float64, which a shift reads whole."""
+        whole = max(math.prod(shape) for shape in model.shapes.values()) if model.residual.kind == "layer" else 0
+        return changed_bytes(parts) + 8 * whole
+
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         config, shapes, notes = untied_head(model)
         if model.residual.kind == "layer":
@@ -77,12 +84,12 @@ class FuseNorms(RewritePass):
         layer = view.residual.kind == "layer"
         if view.index < 0 and layer:
             for write in view.residual.embeddings:
-                view.write(write.parameter, center(view.read(write.parameter), write.axis))
+                view.change(write.parameter, partial(center, axis=write.axis), write.axis)
         for stream in view.sublayers:
             for norm in stream.norms:
                 _fold(view, norm)
             for write in stream.writes if layer else ():
-                view.write(write.parameter, center(view.read(write.parameter), write.axis))
+                view.change(write.parameter, partial(center, axis=write.axis), write.axis)
         if view.index == len(view.residual.blocks):
             _fold(view, view.residual.end)
         return state
@@ -93,13 +100,12 @@ def _fold(view: PartView, norm: ResidualNorm) -> None:
     gain = norm.formula.offset + view.read(f"{norm.module}.weight") if norm.formula.has_weight else None
     shift = view.read(f"{norm.module}.bias") if norm.formula.has_bias else None
     for consumer in norm.consumers:
-        matrix = view.read(consumer.parameter)
         if shift is not None:  # with the weight before it was changed
-            added = fold_shift(matrix, shift, consumer.axis)
+            added = fold_shift(view.read(consumer.parameter), shift, consumer.axis)
             name = consumer.bias or _bias_name(consumer.parameter)
             view.write(name, added if consumer.bias is None else view.read(name) + added)
         if gain is not None:
-            view.write(consumer.parameter, fold_gain(matrix, gain, consumer.axis))
+            view.change(consumer.parameter, partial(fold_gain, gain=gain, axis=consumer.axis), consumer.axis)
     if gain is not None and norm.formula.kind == "rms":
         view.write(f"{norm.module}.weight", torch.full_like(gain, 1.0 - norm.formula.offset))
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compressor.lazy import torch
-from compressor.methods.rotation.counted_work import pooled_work, rotated_work
+from compressor.methods.rotation.counted_work import changed_bytes, pooled_work, rotated_work
 from compressor.methods.rotation.rotation import (
     pca,
     pooled_covariance,
@@ -71,8 +71,8 @@ class Rotate(RewritePass):
         return found
 
     def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
-        """As in `RewritePass`, and the rotation with three more matrices of its size."""
-        return super().memory(model, data, parts) + 32 * model.residual.width**2
+        """The new parameters, and the rotation with three more matrices of its size."""
+        return changed_bytes(parts) + 32 * model.residual.width**2
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         return Redefinition(widths=(model.residual.width,) * 2)

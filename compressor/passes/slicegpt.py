@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -51,6 +52,7 @@ from compressor.lazy import torch
 from compressor.methods.divergence import divergence_terms
 from compressor.methods.rotation.counted_work import (
     axes_work,
+    changed_bytes,
     pooled_work,
     projected_work,
     rotated_work,
@@ -197,8 +199,8 @@ class SliceGPT(RewritePass):
         return found + parts[-1].run * (4 * data.tokens) + Work(values=2 * PASSES_OVER_LOGITS * logits)
 
     def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
-        """As in `RewritePass`, and the second moments with their axes and the work space for these."""
-        return super().memory(model, data, parts) + 48 * model.residual.width**2
+        """The new parameters, and the second moments with their axes and the work space for these."""
+        return changed_bytes(parts) + 48 * model.residual.width**2
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """The sliced config and shapes. raises PreflightError for a width of 0, or a model that would become larger"""
@@ -274,7 +276,7 @@ class SliceGPT(RewritePass):
             # a class that multiplies its embedding by sqrt(hidden) now uses a smaller factor
             for write in view.residual.embeddings:
                 if write.scale is not None and abs(write.scale - width**0.5) < 1e-2 and width > 1:
-                    view.write(write.parameter, view.read(write.parameter) * ratio)
+                    view.change(write.parameter, partial(torch.mul, other=ratio), write.axis)
         norms = [norm for stream in view.sublayers for norm in stream.norms]
         if view.index == len(view.residual.blocks):
             norms.append(view.residual.end)

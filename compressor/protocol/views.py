@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
 
 Folded = TypeVar("Folded")
+SLICE_ELEMENTS = 1 << 24  # of a parameter that are in float64 at once (`PartView.change`)
 State = dict[str, "torch.Tensor"]  # what a RewritePass returns for the next part; the journal saves it
 
 
@@ -167,6 +168,15 @@ class PartView(Protocol):
 
     def write(self, parameter: str, value: torch.Tensor) -> None:
         """Set its new value, of the shape that `redefine` promised. It is rounded once, when the part is stored."""
+        ...
+
+    def change(self, parameter: str, change: Callable[[torch.Tensor], torch.Tensor], axis: int) -> None:
+        """Set its new value to `change` of the present one, as `write`, but without a whole copy in float64.
+
+        change  (slice of the parameter in float64, of about SLICE_ELEMENTS) -> its new value. Slices have the whole of
+                `axis`, which alone may get another length. It is called when the part is stored, and must depend on
+                nothing that changes
+        """
         ...
 
     def warn(self, code: str, where: str, message: str) -> None:

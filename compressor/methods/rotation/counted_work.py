@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compressor.protocol.views import SLICE_ELEMENTS
 from compressor.protocol.work import DataSize, PartWork, Work, eigenvectors, orthogonal
 
 PASSES_OVER_PARAMETERS = 6  # a parameter is converted to float64, changed, and rounded to its own dtype
@@ -13,6 +14,11 @@ PASSES_OVER_TOKENS = 8  # a token is converted to float64, checked, scaled and c
 def rotated_work(values: int, width: int) -> Work:
     """Of multiplying parameters with so many values by a matrix with so many columns, in float64."""
     return Work(double=2.0 * values * width, values=float(PASSES_OVER_PARAMETERS * values))
+
+
+def changed_bytes(parts: Sequence[PartWork]) -> int:
+    """Memory for the new parameters of the largest part, at most float32, and three copies of a slice in float64."""
+    return 4 * max(part.values for part in parts) + 3 * 8 * SLICE_ELEMENTS
 
 
 def covariance_work(data: DataSize, width: int) -> Work:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -222,12 +223,12 @@ def rotate_part(view: PartView, q: torch.Tensor) -> None:
 
 def rotate_consumers(view: PartView, norm: ResidualNorm, q: torch.Tensor) -> None:
     for consumer in norm.consumers:
-        view.write(consumer.parameter, rotate(view.read(consumer.parameter), q, consumer.axis))
+        view.change(consumer.parameter, partial(rotate, q=q, axis=consumer.axis), consumer.axis)
 
 
 def rotate_writes(view: PartView, writes: tuple[ResidualWrite, ...], q: torch.Tensor) -> None:
     for write in writes:
-        view.write(write.parameter, rotate(view.read(write.parameter), q, write.axis))
+        view.change(write.parameter, partial(rotate, q=q, axis=write.axis), write.axis)
 
 
 def pooled_covariance(views: Iterator[PartView], normalised: bool = False) -> tuple[torch.Tensor, int]:
