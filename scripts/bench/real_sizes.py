@@ -68,13 +68,15 @@ H200 = Work(
 RANDOM_DATA = ["--set", "data.source=random", "--set", "eval.data.source=random", "--set", "eval.gates={}"]
 
 
-def _llama(hidden: int, intermediate: int, blocks: int, heads: int, factor: float, tied: bool) -> dict[str, Any]:
+def _llama(
+    hidden: int, intermediate: int, blocks: int, heads: int, factor: float, tied: bool, vocabulary: int = 128256
+) -> dict[str, Any]:
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": 128256,
+        "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": blocks,
@@ -90,6 +92,8 @@ def _llama(hidden: int, intermediate: int, blocks: int, heads: int, factor: floa
 
 
 SHAPES: dict[str, dict[str, Any]] = {
+    # no published model: for comparing passes, most of whose time should be in the blocks
+    "llama-2048": _llama(2048, 8192, 4, 32, 8.0, tied=False, vocabulary=32000),
     "llama-1b": _llama(2048, 8192, 16, 32, 32.0, tied=True),
     "llama-8b": _llama(4096, 14336, 32, 32, 8.0, tied=False),
     "llama-70b": _llama(8192, 28672, 80, 64, 8.0, tied=False),
