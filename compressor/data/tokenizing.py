@@ -54,15 +54,19 @@ def _first_line(error: Exception) -> str:
 def pack(
     documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, where: str
 ) -> tuple[torch.Tensor, ...]:
-    """Join the documents, with an end-of-text token after each, divide them into windows, and draw `samples` of these.
+    """Join the documents to windows of `length` tokens, and draw `samples` of these.
+
+    Texts are joined with an end-of-text token after each, and divided. Chats have only the tokens of their template.
+    Each window begins with a chat, as a prompt does, and the rest of the chat that fills it is left out.
 
     Windows never overlap, and a document without tokens adds none. raises RecipeError if the text is too short
     """
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    ids: list[int] = []
-    for document in documents:
-        made = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [*made, end] if made and end is not None else made
+    made = [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in documents]
+    if settings.format == "chat":
+        ids = _whole_windows(made, settings.length)
+    else:
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        ids = [token for tokens in made if tokens for token in (*tokens, *(() if end is None else (end,)))]
     if not ids and any(document.strip() for document in documents):
         raise RecipeError(
             "the model's tokenizer gives no tokens for its text",
@@ -88,6 +92,18 @@ def pack(
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
     stream = torch.tensor(ids[: windows * settings.length]).view(windows, settings.length)
     return tuple(stream[chosen].unbind())
+
+
+def _whole_windows(chats: list[list[int]], length: int) -> list[int]:
+    """The tokens of windows, each of which begins with a chat."""
+    ids: list[int] = []
+    window: list[int] = []
+    for chat in chats:
+        window += chat
+        if len(window) >= length:
+            ids += window[:length]
+            window = []
+    return ids or window
 
 
 def tokens_of(

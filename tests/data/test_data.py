@@ -322,7 +322,7 @@ def test_chats_are_written_by_the_models_template(kind, chatty, tmp_path):
 @pytest.mark.parametrize(
     ("chat", "data"),
     [
-        ([{"from": "human", "value": "hi"}], {**NO_TEXT, "key": "role"}),
+        ([{"content": "hi"}], {**NO_TEXT, "key": "role"}),
         ([{"role": "user", "content": None}], {**NO_TEXT, "key": "content"}),
         ([{"role": "user", "content": [{"type": "image"}]}], {**NO_TEXT, "key": "content"}),
         ([{"role": "user", "content": "\ud800"}], {"reason": "half-pair", "field": "chat.content", "character": 1}),
