@@ -173,11 +173,11 @@ def draw_samples(
         inputs = tuple(pixels.unbind())
     else:
         tokenizer = load_tokenizer(model_directory, trust_remote_code=trust_remote_code)
+        special = not documents.has_special_tokens
         if settings.pack:
-            packed = pack(documents.texts, tokenizer, settings, seed, where)
+            packed = pack(documents.texts, tokenizer, settings, seed, where, special_tokens=special)
             return Samples(packed, settings.source, documents.sha256, part=documents.part)
         numbers = _draw(len(documents.texts), settings.samples, seed, where, "documents")
-        special = not documents.has_special_tokens
         inputs = tuple(tokens_of(documents.texts[number], number, tokenizer, settings, special) for number in numbers)
     labels = documents.labels
     kept = None if labels is None else torch.tensor([labels[number] for number in numbers])

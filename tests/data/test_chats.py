@@ -122,6 +122,16 @@ def test_each_sample_begins_as_the_template_does_with_one_bos(family, pack, tmp_
     assert len(begun) == 8
 
 
+def test_chats_in_a_column_of_texts_get_no_second_bos(tmp_path):
+    tokenizer = tiny_tokenizer.save("llama", tmp_path / "model")
+    chat = [{"role": "user", "content": "a" * 20}]
+    settings = write(tmp_path / "c.jsonl", [{"messages": chat}] * 4)
+    settings.format, settings.field, settings.pack, settings.samples, settings.length = "text", "messages", True, 4, 28
+    text = f"{BOS}<user>{'a' * 20}{tokenizer.eos_token}"  # 28 tokens
+    for sample in load(settings, tmp_path / "model").inputs:
+        assert sample.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def test_a_template_that_prints_only_parts_gets_parts(tmp_path):
     """So do those of models with images: the text of a content that isn't a list would be lost."""
     parts = "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
