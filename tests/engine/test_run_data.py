@@ -128,7 +128,7 @@ def test_a_tokenizer_that_cannot_be_used_is_known_in_plan_where_text_is_read(tmp
     assert isinstance(problem, RecipeError) and problem.data["reason"] == "no-tokenizer"
 
 
-CHATS = [{"messages": [{"role": "user", "content": f"question {number} " * 4}]} for number in range(200)]
+CHATS = [{"messages": [{"role": "user", "content": f"{number} is the question"}]} for number in range(200)]
 REFUSING = "{% for m in messages %}{{ m.content }}{{ raise_exception('never') }}{% endfor %}"
 
 
