@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.data.chats import Message, Render
+from compressor.data.files import read_regular, reading
+from compressor.process.utf8 import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,15 +17,22 @@ CLOCK = "strftime_now"  # the function by which templates print the date
 DAY = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24", "%a": "Fri", "%A": "Friday",
        "%F": "2024-07-26", "%H": "00", "%M": "00", "%S": "00"}  # fmt: skip
 MARK = "compressor-probe"
+# Files in which the processor of a model with images keeps its template, where a tokenizer doesn't look for one.
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
 
 
-def chat_renderer(tokenizer: PreTrainedTokenizerBase, *, is_request: bool) -> Render | None:
-    """The function that turns (messages, tools or None) into text; None if the tokenizer has no chat template.
+def chat_renderer(tokenizer: PreTrainedTokenizerBase, directory: Path, *, is_request: bool) -> Render | None:
+    """The function that turns (messages, tools or None) into text; None if the model has no chat template.
 
+    directory   of the model: the template is its processor's if the tokenizer has none
     is_request  a chat that doesn't end with a turn of the assistant ends with the beginning of one, as a prompt does
+    raises      RecipeError for a file of the processor that can't be read
     """
     if getattr(tokenizer, "chat_template", None) is None:
-        return None
+        template = _processor_template(directory)
+        if template is None:
+            return None
+        tokenizer.chat_template = template
     takes_parts = _takes_parts(tokenizer)
 
     def render(messages: list[Message], tools: list[Message] | None) -> Any:
@@ -30,6 +40,16 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, *, is_request: bool) -> Re
         return _rendered(tokenizer, formed, tools, is_request and messages[-1]["role"] != "assistant")
 
     return render
+
+
+def _processor_template(directory: Path) -> str | None:
+    for path in (directory / name for name in PROCESSOR_FILES):
+        if path.is_file():
+            with reading(path.name):
+                found = parse_json(read_regular(path))
+            if isinstance(found, dict) and isinstance(found.get("chat_template"), str):
+                return str(found["chat_template"])
+    return None
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, is_prompt: bool) -> Any:

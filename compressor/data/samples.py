@@ -216,9 +216,11 @@ def check_data(settings: Settings, *, reads_pixels: bool) -> Rows | None:
     return None
 
 
-def check_chats(settings: Settings, first: Rows | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """raises RecipeError if the tokenizer has no chat template, or if that refuses one of the first rows"""
-    render = chat_renderer(tokenizer, is_request=True)
+def check_chats(
+    settings: Settings, first: Rows | None, tokenizer: PreTrainedTokenizerBase, model_directory: Path
+) -> None:
+    """raises RecipeError if the model has no chat template, or if that refuses one of the first rows"""
+    render = chat_renderer(tokenizer, model_directory, is_request=True)
     if render is None:
         raise no_template(settings.source, settings.field if first is None else first.field)
     if first is not None:
@@ -253,7 +255,7 @@ def _read_texts(settings: Settings, model_directory: Path | None, trust: bool) -
     render: Render | None = None
     if model_directory is not None and rows.values and not isinstance(rows.values[0], str):
         tokenizer = load_tokenizer(model_directory, trust_remote_code=trust)
-        render = chat_renderer(tokenizer, is_request=is_chat)
+        render = chat_renderer(tokenizer, model_directory, is_request=is_chat)
     texts, is_rendered = texts_of(rows, render, is_chat=is_chat)
     return texts, is_rendered, rows
 

@@ -85,9 +85,10 @@ def data_problems(
         reads_text |= not reads_pixels and section.source != "random"
     if reads_text:
         try:
-            tokenizer = load_tokenizer(structure.checkpoint.directory, trust_remote_code=trust_remote_code)
+            directory = structure.checkpoint.directory
+            tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
             for section, first in chats:
-                check_chats(section, first, tokenizer)
+                check_chats(section, first, tokenizer, directory)
         except CompressError as problem:
             problems.append(problem)
     return problems

@@ -94,7 +94,7 @@ def test_a_chat_has_the_tokens_that_the_models_template_gives(chat, kind, model,
         pa.parquet.write_table(pa.Table.from_pylist([row, row]), path)
     elif kind == "set":
         datasets.Dataset.from_list([row, row]).save_to_disk(path)
-    check_chats(settings, check_data(settings, reads_pixels=False), load_tokenizer(model))
+    check_chats(settings, check_data(settings, reads_pixels=False), load_tokenizer(model), model)
     samples = load(settings, model)
     tokenizer = load_tokenizer(model)
     for sample in samples.inputs:
@@ -130,6 +130,13 @@ def test_chats_in_a_column_of_texts_get_no_second_bos(tmp_path):
     text = f"{BOS}<user>{'a' * 20}{tokenizer.eos_token}"  # 28 tokens
     for sample in load(settings, tmp_path / "model").inputs:
         assert sample.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_damaged_template_of_the_processor_is_refused_by_its_name(tmp_path):
+    tiny_tokenizer.save("gpt", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.json").write_text("{")
+    with raises(RecipeError, where="chat_template.json", reason="not-read"):
+        load(write(tmp_path / "c.jsonl", [CHATS["turns"][0]]), tmp_path / "model")
 
 
 def test_a_template_that_prints_only_parts_gets_parts(tmp_path):
@@ -194,7 +201,7 @@ NO_TEXT = {"reason": "no-message-text", "message": 1, "field": "messages"}
 def test_what_is_no_chat_is_known_in_plan_and_in_run_with_its_row(row, data, model, tmp_path):
     settings = write(tmp_path / "c.jsonl", [CHATS["turns"][0], row])
     with raises(RecipeError, where="c.jsonl, row 2", **data):
-        check_chats(settings, check_data(settings, reads_pixels=False), load_tokenizer(model))
+        check_chats(settings, check_data(settings, reads_pixels=False), load_tokenizer(model), model)
     with raises(RecipeError, where="c.jsonl, row 2", **data):
         load(settings, model)
 
@@ -207,7 +214,7 @@ def test_a_tokenizer_without_a_chat_template_is_known_in_plan_and_in_run(kind, t
         settings.source = str(tmp_path / "c.parquet")
         pa.parquet.write_table(pa.Table.from_pylist([CHATS["turns"][0]]), settings.source)
     with raises(RecipeError, reason="no-chat-template"):
-        check_chats(settings, check_data(settings, reads_pixels=False), tokenizer)
+        check_chats(settings, check_data(settings, reads_pixels=False), tokenizer, tmp_path / "model")
     with raises(RecipeError, where=f"c.{kind}", reason="no-chat-template", field="messages"):
         load(settings, tmp_path / "model")
 
