@@ -27,11 +27,11 @@ from compressor.methods.pruning.pruned_parameters import narrowed
 from compressor.methods.pruning.pruned_shapes import kept_slices, kept_units, removed_modules, resized_modules
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.facts import KINDS, Decision, PrunableModule, UnitsInConfig
+from compressor.model.families import FFN_WIDTH_KEYS
 from compressor.model.probe_model import PROBE_SEED, example_batch, make_probe_model
 from compressor.model.redefined_structure import REFUSALS
 from compressor.model.reshaped_class import is_reshaped
 
-FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # the names of an MLP's width in configs
 FORMS = {Removed.form: Removed, Resized.form: Resized}
 
 Refused = dict[tuple[int, str], tuple[str, Because]]  # (block, kind) -> where, and why
@@ -226,7 +226,7 @@ def _config_keys(probe: PreTrainedModel, sites: Sequence[PrunableModule]) -> Uni
         return None
     held = vars(text)
     if sites[0].kind == "ffn":
-        names = [key for key in FFN_KEYS if key in held and held[key] in (sites[0].units, None)]
+        names = [key for key in FFN_WIDTH_KEYS if key in held and held[key] in (sites[0].units, None)]
         return UnitsInConfig({names[0]: 1}, {}) if names else None
     layout, names_of = sites[0].layout, getattr(text, "attribute_map", {})
     per_unit = {names_of.get("num_attention_heads", "num_attention_heads"): layout.query_heads}

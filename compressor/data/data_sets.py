@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from compressor.data.files import check_regular, folder_of, load_package, reading
-from compressor.data.rows import LABEL, Rows, no_field
-from compressor.data.settings import Columns
+from compressor.data.parsing import columns_of_arrow
+from compressor.data.rows import Rows, no_field
+from compressor.data.settings import LABEL, TOOLS, Columns, Wanted, wanted_of
 from compressor.errors import RecipeError
 
 MOST_FILES = 100_000  # in the folder of a data set
@@ -24,26 +25,30 @@ NAMING = ("splits", "filename", "data_files", "data_dir")  # keys in the descrip
 
 
 def read_dataset(settings: Columns) -> Rows:
+    wanted = wanted_of(settings)
     table = open_dataset(settings)
-    columns = columns_of(table, settings.field, settings.source)
+    field, columns = columns_of(table, wanted, settings.source)
     with reading(settings.source):
         chosen = table.select_columns(columns).with_format("arrow")[:]
         chosen.validate(full=True)
-        values = chosen.column(settings.field).to_pylist()
-        labels = chosen.column(LABEL).to_pylist() if LABEL in columns else None
+        parsed = columns_of_arrow(chosen, field, wanted)
+    values, tools = parsed.values, parsed.beside.get(TOOLS)
     if not values:
         raise RecipeError("contains no rows", where=settings.source, data={"reason": "no-rows"})
     is_text = all(isinstance(value, str) for value in values)
-    content = "\0".join(values) if is_text else json.dumps(values, sort_keys=True, default=repr)
-    return Rows(values, labels, hashlib.sha256(content.encode()).hexdigest(), settings.source)
+    hashed = values if tools is None else [values, tools]
+    content = "\0".join(values) if is_text and tools is None else json.dumps(hashed, sort_keys=True, default=repr)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return Rows(values, parsed.beside.get(LABEL), digest, settings.source, field, tools)
 
 
-def columns_of(table: Any, field: str, source: str) -> list[str]:
-    """The columns to read. raises RecipeError if the field is not one of them"""
+def columns_of(table: Any, wanted: Wanted, source: str) -> tuple[str, list[str]]:
+    """(the column of documents, the columns to read). raises RecipeError if the data set lacks the first"""
     names = list(table.column_names)
-    if field not in names:
-        raise no_field(field, names, source, "has no column", "Columns")
-    return [field, LABEL] if LABEL in names and field != LABEL else [field]
+    field = wanted.field_in(names)
+    if field is None:
+        raise no_field(wanted, names, source, "has no column", "Columns")
+    return field, list(dict.fromkeys([field, *(column for column in wanted.beside if column in names)]))
 
 
 def open_dataset(settings: Columns) -> Any:

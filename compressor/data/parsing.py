@@ -1,4 +1,4 @@
-"""Parses the rows of one data file (JSON, CSV, Parquet, Arrow or plain text) into texts and labels.
+"""Parses one data file (JSON, CSV, Parquet, Arrow or plain text) into the columns of its rows.
 
 Rows are read unchanged: no other value is converted to text, and no row is left out. A value that can't be read is a
 `RecipeError` that names the file and the row. Any exception of a library for a damaged file becomes one too.
@@ -11,10 +11,13 @@ import csv
 import io
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
+from compressor.data.chats import chat_of, without_nulls
 from compressor.data.files import ARROW, CSV, JSON_LINES, PARQUET, check_size, load_package, reading
-from compressor.data.rows import LABEL, chat_of, no_field, two_columns
+from compressor.data.rows import no_field, two_columns
+from compressor.data.settings import LABEL, Wanted
 from compressor.errors import RecipeError
 
 MARKS = (  # the mark of UTF-32 begins with that of UTF-16
@@ -28,23 +31,32 @@ ROW_BYTES = 64  # smallest memory of a row as a Python string
 NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.0*)?")
 
 
-def parse(kind: str, content: bytes, field: str, name: str, is_cut: bool) -> tuple[list[Any], list[Any] | None]:
-    """(values, labels) of a file's content. is_cut: the content is a beginning, so the last row may be incomplete."""
+@dataclass(frozen=True)
+class Parsed:
+    """values: the column `field`; beside: the other columns of those that were wanted, by name."""
+
+    field: str
+    values: list[Any]
+    beside: dict[str, list[Any]]
+
+
+def parse(kind: str, content: bytes, wanted: Wanted, name: str, is_cut: bool) -> Parsed:
+    """The columns of a file's content. is_cut: the content is a beginning, so the last row may be incomplete."""
     if kind in (*PARQUET, *ARROW):
         with reading(name):
             file = load_package("pyarrow").BufferReader(content)
-            return _from_arrow(open_arrow(kind, file, field, name), field, name)
+            return _from_arrow(*open_arrow(kind, file, wanted, name), wanted, name)
     text = _decode(content, name, is_cut)
     if not text.strip() and not is_cut:
         raise RecipeError("is empty", where=name, data={"reason": "empty"})
     if kind in CSV:
-        return _from_csv(text, CSV[kind], field, name, is_cut)
+        return _from_csv(text, CSV[kind], wanted, name, is_cut)
     if kind in JSON_LINES:
         lines = text.split("\n")
-        return _from_objects(_json_lines(lines[:-1] if is_cut else lines, name), field, name)
+        return _from_objects(_json_lines(lines[:-1] if is_cut else lines, name), wanted, name)
     if kind == ".json":
-        return _from_json(text, field, name)
-    return [text.replace("\r\n", "\n")], None
+        return _from_json(text, wanted, name)
+    return Parsed(wanted.fields[0], [text.replace("\r\n", "\n")], {})
 
 
 def _decode(content: bytes, name: str, is_cut: bool) -> str:
@@ -117,7 +129,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] | None]:
+def _from_json(text: str, wanted: Wanted, name: str) -> Parsed:
     """An array of rows, {"data": rows}, an object of columns, one row, or lines of objects."""
     lines = text.split("\n")
     if text.lstrip().startswith("{") and sum(bool(line.strip(" \t\r")) for line in lines) > 1:
@@ -125,9 +137,9 @@ def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] |
             json.loads(text)
         except (ValueError, RecursionError) as error:
             if getattr(error, "msg", "") == "Extra data":
-                return _from_objects(_json_lines(lines, name), field, name)
+                return _from_objects(_json_lines(lines, name), wanted, name)
     tree = _load_json(text, name)
-    if isinstance(tree, dict) and field not in tree and isinstance(tree.get("data"), list):
+    if isinstance(tree, dict) and wanted.field_in(list(tree)) is None and isinstance(tree.get("data"), list):
         tree = tree["data"]
     if isinstance(tree, list):
         for number, row in enumerate(tree, 1):
@@ -138,7 +150,7 @@ def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] |
                     hint='Write the rows as objects, such as [{"text": "..."}, ...].',
                     data={"reason": "no-object"},
                 )
-        return _from_objects(tree, field, name)
+        return _from_objects(tree, wanted, name)
     if not isinstance(tree, dict):
         raise RecipeError(
             "contains no rows",
@@ -146,45 +158,45 @@ def _from_json(text: str, field: str, name: str) -> tuple[list[Any], list[Any] |
             hint='Write an array of objects ([{"text": "..."}]) or an object of columns ({"text": ["..."]}).',
             data={"reason": "no-rows"},
         )
+    field = wanted.field_in(list(tree))
     values = tree.get(field)
-    if not isinstance(values, list) or (values and chat_of(values) is not None):
-        return _from_objects([tree], field, name)
-    labels = tree.get(LABEL)
-    if labels is not None and (not isinstance(labels, list) or len(labels) != len(values)):
-        raise RecipeError(
-            f"the columns {field!r} and {LABEL!r} have different lengths",
-            where=name,
-            hint=f"Give every row a text and a label, or remove {LABEL!r} if accuracy isn't measured.",
-            data={"reason": "unequal-columns", "columns": [field, LABEL]},
-        )
-    return values, labels
+    if field is None or not isinstance(values, list) or (values and chat_of(values) is not None):
+        return _from_objects([tree], wanted, name)
+    beside = {column: tree[column] for column in wanted.beside if tree.get(column) is not None}
+    for column, found in beside.items():
+        if not isinstance(found, list) or len(found) != len(values):
+            raise RecipeError(
+                f"the columns {field!r} and {column!r} have different lengths",
+                where=name,
+                hint=f"Give every row an entry in {column!r}, or remove that column if it isn't needed.",
+                data={"reason": "unequal-columns", "columns": [field, column]},
+            )
+    return Parsed(field, values, beside)
 
 
-def _from_objects(rows: list[dict[str, Any]], field: str, name: str) -> tuple[list[Any], list[Any] | None]:
+def _from_objects(rows: list[dict[str, Any]], wanted: Wanted, name: str) -> Parsed:
+    """The columns of rows. Every row must have the field that the first row has."""
+    field = (wanted.field_in(list(rows[0])) if rows else None) or wanted.fields[0]
     for number, row in enumerate(rows, 1):
         if field not in row:
-            raise no_field(field, list(row), f"{name}, row {number}", "has no text in", "Keys")
-    labels = [row.get(LABEL) for row in rows] if any(LABEL in row for row in rows) else None
-    return [row[field] for row in rows], labels
+            expected = wanted if number == 1 else Wanted((field,), wanted.beside)
+            what = "has no chat in" if wanted.is_chat else "has no text in"
+            raise no_field(expected, list(row), f"{name}, row {number}", what, "Keys")
+    beside = {
+        column: [row.get(column) for row in rows] for column in wanted.beside if any(column in row for row in rows)
+    }
+    return Parsed(field, [row[field] for row in rows], beside)
 
 
-def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) -> tuple[list[Any], list[Any] | None]:
-    values: list[Any] = []
-    labels: list[Any] = []
+def _from_csv(text: str, delimiter: str, wanted: Wanted, name: str, is_cut: bool) -> Parsed:
     header: list[str] | None = None
-    place = label = 0
+    field, values, place = wanted.fields[0], [], 0
+    beside: dict[str, list[Any]] = {}
     for line, row in _csv_rows(text, delimiter, name, is_cut):
         if header is None:
             header = [name.strip() for name in row]  # `text, label`
-            if header.count(field) != 1:
-                raise (
-                    no_field(field, header, name, "has no column", "Columns")
-                    if field not in header
-                    else two_columns(field, name)
-                )
-            if header.count(LABEL) > 1:
-                raise two_columns(LABEL, name)
-            place, label = header.index(field), header.index(LABEL) if LABEL in header else -1
+            field = field_of(header, wanted, name)
+            place, beside = header.index(field), {column: [] for column in wanted.beside if column in header}
             continue
         if len(row) != len(header):
             raise RecipeError(
@@ -194,9 +206,10 @@ def _from_csv(text: str, delimiter: str, field: str, name: str, is_cut: bool) ->
                 data={"fields": len(row), "header": len(header)},
             )
         values.append(row[place])
-        if label >= 0:
-            labels.append(_number(row[label]))
-    return values, labels if label >= 0 else None
+        for column, found in beside.items():
+            entry = row[header.index(column)]
+            found.append(_number(entry) if column == LABEL else entry)
+    return Parsed(field, values, beside)
 
 
 def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[int, list[str]]]:
@@ -224,8 +237,18 @@ def _number(text: str) -> Any:
     return int(float(text)) if NUMBER.fullmatch(text.strip()) else text or None
 
 
-def open_arrow(kind: str, file: Any, field: str, name: str) -> Any:
-    """Open a Parquet or Arrow file, and check in its header that it has the field. `_from_arrow` reads the result."""
+def field_of(names: list[str], wanted: Wanted, name: str) -> str:
+    """The column of documents among columns. raises RecipeError if there is none, and if a name is there twice"""
+    field = wanted.field_in(names)
+    if field is None:
+        raise no_field(wanted, names, name, "has no column", "Columns")
+    if twice := [column for column in (field, *wanted.beside) if names.count(column) > 1]:
+        raise two_columns(twice[0], name)
+    return field
+
+
+def open_arrow(kind: str, file: Any, wanted: Wanted, name: str) -> tuple[Any, str]:
+    """(an open Parquet or Arrow file, the column of documents that its header has). `_from_arrow` reads it."""
     if kind in PARQUET:
         opened = load_package("pyarrow.parquet").ParquetFile(file)
         names = opened.schema_arrow.names
@@ -239,27 +262,32 @@ def open_arrow(kind: str, file: Any, field: str, name: str) -> Any:
         else:
             opened = ipc.open_file(file) if first == b"ARROW1" else ipc.open_stream(file)
             names = opened.schema.names
-    if field not in names:
-        raise no_field(field, names, name, "has no column", "Columns")
-    if twice := [column for column in (field, LABEL) if names.count(column) > 1]:
-        raise two_columns(twice[0], name)
-    return opened
+    return opened, field_of(names, wanted, name)
 
 
-def _from_arrow(opened: Any, field: str, name: str) -> tuple[list[Any], list[Any] | None]:
+def _from_arrow(opened: Any, field: str, wanted: Wanted, name: str) -> Parsed:
+    columns = [field, *(column for column in wanted.beside if column != field)]
     if hasattr(opened, "schema_arrow"):
-        metadata, wanted = opened.metadata, [field, LABEL]
+        metadata = opened.metadata
         check_size(metadata.num_rows * ROW_BYTES, name)
         size = 0
         for group in range(metadata.num_row_groups):
             for number in range(metadata.num_columns):
                 column = metadata.row_group(group).column(number)
                 top = column.path_in_schema.partition(".")[0]
-                size += column.total_uncompressed_size if top in wanted else 0
+                size += column.total_uncompressed_size if top in columns else 0
         check_size(size, name)
-        table = opened.read(columns=[column for column in wanted if column in opened.schema_arrow.names])
+        table = opened.read(columns=[column for column in columns if column in opened.schema_arrow.names])
     else:
         table = opened.read_all() if hasattr(opened, "read_all") else opened
     table.validate(full=True)
-    names = table.column_names
-    return table.column(field).to_pylist(), table.column(LABEL).to_pylist() if LABEL in names else None
+    return columns_of_arrow(table, field, wanted)
+
+
+def columns_of_arrow(table: Any, field: str, wanted: Wanted) -> Parsed:
+    """The columns of a pyarrow table. Its columns of objects hold null for a key that only other rows have."""
+    found = {column: table.column(column).to_pylist() for column in wanted.beside if column in table.column_names}
+    values = table.column(field).to_pylist()
+    if wanted.is_chat:
+        return Parsed(field, without_nulls(values), without_nulls(found))
+    return Parsed(field, values, found)

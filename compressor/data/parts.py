@@ -42,6 +42,8 @@ class Place(Protocol):
     @property
     def source(self) -> str: ...
     @property
+    def format(self) -> str: ...
+    @property
     def config(self) -> str | None: ...
     @property
     def split(self) -> str: ...
@@ -60,12 +62,13 @@ def _documents_of(section: Place) -> tuple[str | None, ...]:
         return "stdlib", section.split
     name = section.source.removeprefix("dataset:")
     path = os.path.realpath(os.path.expanduser(name)) if "\0" not in name else name
+    columns = (section.format, section.field)
     if os.path.isfile(path):
-        return ("file", path, None if path.lower().endswith(".npz") else section.field)
+        return ("file", path, *(() if path.lower().endswith(".npz") else columns))
     if not os.path.isdir(path):
-        return "name", name, section.config, section.split, section.field
+        return "name", name, section.config, section.split, *columns
     has_splits = os.path.exists(f"{path}/dataset_dict.json") or not os.path.exists(f"{path}/state.json")
-    return ("folder", path, section.field, *((section.config, section.split) if has_splits else ()))
+    return ("folder", path, *columns, *((section.config, section.split) if has_splits else ()))
 
 
 def is_for_evaluation(document: str | bytes) -> bool:

@@ -13,17 +13,22 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from compressor.data.chat_template import chat_renderer
+from compressor.data.chats import Render, no_template, texts_of
 from compressor.data.files import memory_share
 from compressor.data.images import check_images, normalised, read_images
 from compressor.data.parts import EVALUATION, SourcePart, part_of_texts, positions_of
-from compressor.data.rows import Rows, texts_of, whole_labels
+from compressor.data.rows import Rows, whole_labels
 from compressor.data.settings import Settings
 from compressor.data.sources import check_rows, is_dataset, read_rows
 from compressor.data.tokenizing import load_tokenizer, pack, tokens_of
 from compressor.errors import RecipeError
 from compressor.lazy import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STDLIB_SHA256 = {
     "train": "524556d663c685d48ab3b115447846fa96792538a641d1a0e9e3bfef28d34167",
@@ -168,11 +173,11 @@ def draw_samples(
         inputs = tuple(pixels.unbind())
     else:
         tokenizer = load_tokenizer(model_directory, trust_remote_code=trust_remote_code)
+        special = not documents.has_special_tokens
         if settings.pack:
-            packed = pack(documents.texts, tokenizer, settings, seed, where)
+            packed = pack(documents.texts, tokenizer, settings, seed, where, special_tokens=special)
             return Samples(packed, settings.source, documents.sha256, part=documents.part)
         numbers = _draw(len(documents.texts), settings.samples, seed, where, "documents")
-        special = not documents.has_special_tokens
         inputs = tuple(tokens_of(documents.texts[number], number, tokenizer, settings, special) for number in numbers)
     labels = documents.labels
     kept = None if labels is None else torch.tensor([labels[number] for number in numbers])
@@ -192,11 +197,12 @@ def random_samples(settings: Settings, seed: int, vocabulary: int | None, part: 
     return Samples(tuple(ids.unbind()), "random", digest)
 
 
-def check_data(settings: Settings, *, reads_pixels: bool) -> None:
+def check_data(settings: Settings, *, reads_pixels: bool) -> Rows | None:
     """Check without reading all of the data that it is there, that the model reads its kind, and that its first rows
     have the field.
 
-    raises  RecipeError, DependencyError for a missing package
+    returns  the first rows, for `check_chats`; None if the source has no rows or can't be read in part
+    raises   RecipeError, DependencyError for a missing package
     """
     _check_kind(settings, reads_pixels=reads_pixels)
     if settings.source == "stdlib":
@@ -206,7 +212,19 @@ def check_data(settings: Settings, *, reads_pixels: bool) -> None:
     elif settings.source == "random":
         _check_room(settings)
     else:
-        check_rows(settings)
+        return check_rows(settings)
+    return None
+
+
+def check_chats(
+    settings: Settings, first: Rows | None, tokenizer: PreTrainedTokenizerBase, model_directory: Path
+) -> None:
+    """raises RecipeError if the model has no chat template, or if that refuses one of the first rows"""
+    render = chat_renderer(tokenizer, model_directory, is_request=True)
+    if render is None:
+        raise no_template(settings.source, settings.field if first is None else first.field)
+    if first is not None:
+        texts_of(first, render, is_chat=True)
 
 
 def _check_room(settings: Settings) -> None:
@@ -232,17 +250,13 @@ def _read_texts(settings: Settings, model_directory: Path | None, trust: bool) -
     """(texts, whether they are chats from the model's template, the rows of the texts)."""
     if settings.source == "stdlib":
         texts, _, digest = _stdlib(settings.split)
-        return texts, False, Rows([], None, digest, "stdlib")
-    rows = read_rows(settings)
-    render = None
+        return texts, False, Rows([], None, digest, "stdlib", settings.field)
+    rows, is_chat = read_rows(settings), settings.format == "chat"
+    render: Render | None = None
     if model_directory is not None and rows.values and not isinstance(rows.values[0], str):
         tokenizer = load_tokenizer(model_directory, trust_remote_code=trust)
-
-        def render_chat(messages: list[dict[str, Any]]) -> Any:
-            return tokenizer.apply_chat_template(messages, tokenize=False)
-
-        render = render_chat if tokenizer.chat_template is not None else None
-    texts, is_rendered = texts_of(rows, settings.field, render)
+        render = chat_renderer(tokenizer, model_directory, is_request=is_chat)
+    texts, is_rendered = texts_of(rows, render, is_chat=is_chat)
     return texts, is_rendered, rows
 
 
@@ -251,7 +265,16 @@ def _is_images(source: str) -> bool:
 
 
 def _check_kind(settings: Settings, *, reads_pixels: bool) -> None:
-    """raises RecipeError if the model reads text and the source has images, or the other way round"""
+    """raises RecipeError if the model reads text and the source has images, or the other way round, and for a source
+    that has no chats
+    """
+    if settings.format == "chat" and settings.source in ("stdlib", "random"):
+        raise RecipeError(
+            f"{settings.source} has no chats",
+            where=f"data.source {settings.source!r}",
+            hint="Set source to a file or data set with rows of chats, or format to text.",
+            data={"reason": "no-chats", "source": settings.source},
+        )
     if _is_images(settings.source) == reads_pixels:
         return
     if reads_pixels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,17 +53,32 @@ def _first_line(error: Exception) -> str:
 
 
 def pack(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, where: str
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    seed: int,
+    where: str,
+    *,
+    special_tokens: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """Join the documents, with an end-of-text token after each, divide them into windows, and draw `samples` of these.
+    """Join the documents to windows of `length` tokens, and draw `samples` of these.
 
-    Windows never overlap, and a document without tokens adds none. raises RecipeError if the text is too short
+    Texts are joined with an end-of-text token after each, and divided. Chats have only the tokens of their template.
+    Each window begins with a chat, as a prompt does, and the rest of the chat that fills it is left out.
+
+    Windows never overlap, and a document without tokens adds none.
+
+    special_tokens  each window begins with the token with which the tokenizer begins a text, if it does so
+    raises          RecipeError if the text is too short
     """
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    ids: list[int] = []
-    for document in documents:
-        made = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [*made, end] if made and end is not None else made
+    begin = _begin_of(tokenizer) if special_tokens else []
+    length = settings.length - len(begin)
+    made = (tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in documents)
+    if settings.format == "chat":
+        ids = _whole_windows(made, length)
+    else:
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        ids = [token for tokens in made if tokens for token in (*tokens, *(() if end is None else (end,)))]
     if not ids and any(document.strip() for document in documents):
         raise RecipeError(
             "the model's tokenizer gives no tokens for its text",
@@ -70,10 +86,10 @@ def pack(
             hint="Copy all files of the tokenizer (tokenizer.json and others) beside config.json.",
             data={"reason": "no-tokens"},
         )
-    windows = len(ids) // settings.length
+    windows = len(ids) // length
     if windows == 0:
         raise RecipeError(
-            f"the text has {len(ids)} tokens, one sample needs {settings.length}",
+            f"the text has {len(ids)} tokens, one sample needs {length}",
             where=where,
             hint="Use a longer text, or set a smaller length.",
             data={"tokens": len(ids), "length": settings.length},
@@ -86,8 +102,28 @@ def pack(
             data={"available": windows, "samples": settings.samples, "length": settings.length},
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[: settings.samples].sort().values
-    stream = torch.tensor(ids[: windows * settings.length]).view(windows, settings.length)
-    return tuple(stream[chosen].unbind())
+    stream = torch.tensor(ids[: windows * length]).view(windows, length)[chosen]
+    begins = torch.tensor(begin, dtype=torch.int64).expand(len(chosen), -1)
+    return tuple(torch.cat([begins, stream], dim=1).unbind())
+
+
+def _begin_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-text token, if the tokenizer puts it before each text by default."""
+    bare, whole = (tokenizer("a", add_special_tokens=is_whole)["input_ids"] for is_whole in (False, True))
+    begin = [tokenizer.bos_token_id]
+    return begin if whole[:1] == begin and bare[:1] != begin else []
+
+
+def _whole_windows(chats: Iterable[list[int]], length: int) -> list[int]:
+    """The tokens of windows, each of which begins with a chat."""
+    ids: list[int] = []
+    window: list[int] = []
+    for chat in chats:
+        window += chat
+        if len(window) >= length:
+            ids += window[:length]
+            window = []
+    return ids or window
 
 
 def tokens_of(

@@ -6,12 +6,12 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 
 from compressor.engine.calibration_batch import BATCH_TOKENS, IMAGE_TOKENS
+from compressor.model.families import EXPERT_COUNT_KEYS
 from compressor.model.structure import Structure
 from compressor.model.weights import Group
 from compressor.protocol import DataSize, PartWork, Work
 from compressor.recipe.recipe import Recipe, Step
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of configs
 # Values that elementwise operations read for each output of a matmul, in norms, activations and residual additions.
 PASSES_OVER_OUTPUTS = 4
 
@@ -60,7 +60,7 @@ def tokens_of(group: Group, structure: Structure, tokens: int) -> int:
 def _routed_share(structure: Structure) -> float:
     """Share of the tokens that one expert gets if all get the same."""
     config = structure.model.config.get_text_config()
-    experts = next((value for key in EXPERT_COUNTS if isinstance(value := getattr(config, key, None), int)), 1)
+    experts = next((value for key in EXPERT_COUNT_KEYS if isinstance(value := getattr(config, key, None), int)), 1)
     return min(1.0, getattr(config, "num_experts_per_tok", experts) / max(experts, 1))
 
 

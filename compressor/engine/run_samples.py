@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from compressor.data.parts import CALIBRATION, EVALUATION, overlap, same_source
+from compressor.data.rows import Rows
 from compressor.data.samples import (
     Documents,
     Samples,
+    check_chats,
     check_data,
     draw_samples,
     load_documents,
@@ -68,11 +70,14 @@ def data_problems(
     problems: list[CompressError] = []
     reads_pixels = vocabulary_of(structure) is None
     reads_text = False
+    chats: list[tuple[DataSettings, Rows | None]] = []
     for key, section, is_read in (("data", recipe.data, recipe.reads_data), ("eval.data", recipe.eval.data, measure)):
         if not is_read:
             continue
         try:
-            check_data(section, reads_pixels=reads_pixels)
+            first = check_data(section, reads_pixels=reads_pixels)
+            if section.format == "chat":
+                chats.append((section, first))
             if not reads_pixels and (section.pack or section.source == "random"):  # samples of exactly this length
                 check_length(section.length, limit_of(structure.model), key)
         except CompressError as problem:
@@ -80,7 +85,10 @@ def data_problems(
         reads_text |= not reads_pixels and section.source != "random"
     if reads_text:
         try:
-            load_tokenizer(structure.checkpoint.directory, trust_remote_code=trust_remote_code)
+            directory = structure.checkpoint.directory
+            tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+            for section, first in chats:
+                check_chats(section, first, tokenizer, directory)
         except CompressError as problem:
             problems.append(problem)
     return problems
@@ -177,7 +185,7 @@ def _samples(
         return random_samples(settings, seed, vocabulary, part)
     found = load_documents(settings, directory, vocabulary, trust_remote_code=trust)
     if is_divided(recipe):
-        found = part_of(found, part, pack=settings.pack)
+        found = part_of(found, part, pack=settings.pack and settings.format != "chat")  # chats stay whole
     documents[part] = found
     return draw_samples(found, settings, directory, seed, trust_remote_code=trust)
 

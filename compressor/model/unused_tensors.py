@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from compressor.model.families import FURTHER_BLOCKS_KEYS
 from compressor.storage.safetensors_file import TensorInfo
 
 # Buffers that transformers computes and that older releases saved: (name, number of dimensions, None for any).
@@ -22,8 +23,6 @@ COMPUTED: tuple[tuple[re.Pattern[str], int | None], ...] = (
     (re.compile(r"(^|\.)(attn|attention)\.bias$"), 4),  # a causal mask (1, 1, positions, positions)
     (re.compile(r"(^|\.)(attn|attention)\.masked_bias$"), 0),
 )
-# keys of config.json that declare layers which predict further tokens: DeepSeek and GLM, transformers 5, Qwen, MiniMax
-ANNOUNCING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 Reason = Literal["ignored", "unknown", "computed", "copy"]
 TELLS: dict[str, str] = {
     "ignored": "the class leaves it out on purpose",
@@ -64,7 +63,7 @@ def without_announcements(values: dict[str, Any], config: PretrainedConfig) -> d
     """config.json without the keys of layers that predict further tokens. `config` gives their defaults."""
     nested = "text_config" if isinstance(values.get("text_config"), dict) else None
     sections = {None: values} | ({nested: values[nested]} if nested else {})
-    changed = {name: {key: 0 for key in ANNOUNCING if section.get(key)} for name, section in sections.items()}
+    changed = {name: {key: 0 for key in FURTHER_BLOCKS_KEYS if section.get(key)} for name, section in sections.items()}
     if getattr(config.get_text_config(), "num_mtp_layers", None) and "num_mtp_layers" not in changed[nested]:
         changed[nested]["num_mtp_layers"] = 0
     result = {**values, **changed[None]}

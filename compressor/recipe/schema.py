@@ -90,7 +90,16 @@ class DataSettings(Section):
     )
     config: str | None = Field(None, description="Configuration of the data set dataset:NAME.")
     split: str = Field("train", description="Split of the data set. stdlib has train and heldout.")
-    field: str = Field("text", description="Column or JSON key with the text or the chat of a document.")
+    format: Literal["text", "chat"] = Field(
+        "text",
+        description="text: documents are texts. chat: documents are lists of messages, which the chat template of the "
+        "model's tokenizer turns into tokens.",
+    )
+    field: str = Field(
+        "text",
+        description="Column or JSON key with the text or the chat of a document. If it is not set, chats are read "
+        "from messages or conversations.",
+    )
     samples: int = Field(128, ge=1, le=MOST_SAMPLES, description="Number of samples that are drawn.")
     length: int = Field(
         512,
@@ -100,7 +109,8 @@ class DataSettings(Section):
     )
     pack: bool = Field(
         True,
-        description="true: join the documents and cut them into samples of `length`. false: one document per sample.",
+        description="true: join the documents and cut them into samples of `length`; each sample of chats begins with "
+        "a chat. false: one document per sample.",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**32, description="Seed that chooses the samples. null: the recipe's seed."

@@ -9,6 +9,7 @@ import shutil
 import numpy
 import pytest
 import tiny
+import tiny_tokenizer
 import torch
 from data_settings import ask
 from raising import raises
@@ -58,6 +59,23 @@ def test_packed_samples_do_not_overlap_and_lie_in_the_text(tmp_path):
         assert found
         starts += found[:1]
     assert len(set(starts)) == 20
+
+
+@pytest.mark.parametrize("family", tiny_tokenizer.FAMILIES)
+def test_samples_of_text_begin_with_a_bos_where_the_tokenizer_adds_one(family, tmp_path):
+    tokenizer = tiny_tokenizer.save(family, tmp_path / "m")
+    text = "".join(chr(97 + number**2 % 26) for number in range(640))
+    (tmp_path / "t.txt").write_text(text)
+    begin = [tokenizer.bos_token_id] if family in ("llama", "gemma") else []
+    stream = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    size = 32 - len(begin)
+    windows = [begin + stream[size * number :][:size] for number in range(len(stream) // size)]
+    settings = ask(str(tmp_path / "t.txt"), samples=len(windows))
+    samples = load_samples(settings, tmp_path / "m", seed=0, vocabulary=200)
+    assert [sample.tolist() for sample in samples.inputs] == windows
+    settings.pack, settings.samples = False, 1
+    (whole,) = load_samples(settings, tmp_path / "m", seed=0, vocabulary=200).inputs
+    assert whole.tolist() == begin + stream[:size]
 
 
 def test_documents_without_tokens_add_none(tmp_path, monkeypatch):
@@ -322,7 +340,7 @@ def test_chats_are_written_by_the_models_template(kind, chatty, tmp_path):
 @pytest.mark.parametrize(
     ("chat", "data"),
     [
-        ([{"from": "human", "value": "hi"}], {**NO_TEXT, "key": "role"}),
+        ([{"content": "hi"}], {**NO_TEXT, "key": "role"}),
         ([{"role": "user", "content": None}], {**NO_TEXT, "key": "content"}),
         ([{"role": "user", "content": [{"type": "image"}]}], {**NO_TEXT, "key": "content"}),
         ([{"role": "user", "content": "\ud800"}], {"reason": "half-pair", "field": "chat.content", "character": 1}),

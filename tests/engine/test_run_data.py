@@ -7,6 +7,7 @@ import json
 import numpy
 import pytest
 import tiny
+import tiny_tokenizer
 import torch
 import transformers as hf
 import yaml
@@ -125,6 +126,35 @@ def test_a_tokenizer_that_cannot_be_used_is_known_in_plan_where_text_is_read(tmp
     assert data_problems(recipe(drawn, text), structure, measure=False) == []
     (problem,) = data_problems(recipe(drawn, text), structure, measure=True)
     assert isinstance(problem, RecipeError) and problem.data["reason"] == "no-tokenizer"
+
+
+CHATS = [{"messages": [{"role": "user", "content": f"{number} is the question"}]} for number in range(200)]
+REFUSING = "{% for m in messages %}{{ m.content }}{{ raise_exception('never') }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "rows", "reason"),
+    [
+        ("gpt", None, CHATS, "no-chat-template"),
+        ("llama", REFUSING, CHATS, "chat-refused"),
+        ("llama", None, [{"messages": "text"}], "no-chat"),
+        ("llama", None, [{"text": "text"}], "no-chat"),
+        ("llama", None, [{"turns": []}], "no-field"),
+        ("llama", None, CHATS, None),
+    ],
+)
+def test_chats_that_cannot_be_used_are_known_in_plan(family, template, rows, reason, tmp_path):
+    structure = read_structure(tiny.save("llama", tmp_path / "m"))
+    tiny_tokenizer.save(family, tmp_path / "m", template)
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"source": str(tmp_path / "c.jsonl"), "format": "chat"}
+    chosen = recipe(data, data)
+    problems = data_problems(chosen, structure, measure=False)
+    assert [(problem.exit_code, problem.data["reason"]) for problem in problems] == ([(2, reason)] if reason else [])
+    if reason is None:
+        calibration, held_out = read_data(chosen, structure.checkpoint.directory, 200, measure=True)
+        assert windows(calibration).isdisjoint(windows(held_out))
+        assert all(sample[0] == 1 and (sample[1:] != 1).all() for sample in calibration.inputs)  # one BOS
 
 
 @pytest.mark.parametrize(

@@ -26,15 +26,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from compressor.errors import Because, PreflightError, values_of
-from compressor.methods.rotation.sliced_shapes import EPS_KEYS
 from compressor.model.facts import KINDS, Cut, Decision, ModelFacts, PrunableModule, Redefinition
+from compressor.model.families import DEPTH_KEYS, HEAD_COUNT_KEYS, NORM_EPS_KEYS, WIDTH_KEYS
 from compressor.model.module_names import is_inside
 from compressor.model.residual_records import Residual, ResidualNorm
 
 Export = Literal["auto", "stock", "custom"]
 Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
-WIDTH_KEYS = ("hidden_size", "n_embd", "d_model")  # the names of the stream's width in configs
-DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def kept_units(site: PrunableModule, decision: Decision) -> tuple[int, ...]:
@@ -258,7 +256,7 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision:
         return "its config has no width of the residual stream"
     config: dict[str, Any] = {key: kept}
     if residual.kind == "rms":
-        keys = [key for key in EPS_KEYS if key in facts.config]
+        keys = [key for key in NORM_EPS_KEYS if key in facts.config]
         if not keys:
             return "its config has no eps of its norms"
         if not sites:
@@ -275,7 +273,7 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision:
     scaled = [write for write in residual.embeddings if write.scale is not None and is_root(write.scale, width)]
     if scaled and any(owner == scaled[0].parameter for owner in facts.tied.values()):
         return "its embedding is scaled by the width of the stream and shared with the output head"
-    heads = next((facts.config[key] for key in ("num_attention_heads", "n_head") if facts.config.get(key)), None)
+    heads = next((facts.config[key] for key in HEAD_COUNT_KEYS if facts.config.get(key)), None)
     if heads:
         config["head_dim"] = facts.config.get("head_dim") or width // heads
     return config

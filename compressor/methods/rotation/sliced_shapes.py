@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 from compressor.lazy import torch
 from compressor.model.facts import ModelFacts, Redefinition
+from compressor.model.families import NORM_EPS_KEYS
 from compressor.model.residual_records import Residual, ResidualNorm
-
-EPS_KEYS = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ def global_redefinition(model: ModelFacts, kept: int) -> Redefinition:
     shapes |= {name: _resized(model.shapes[name], axis, kept) for name, axis in edges}
     shapes |= {f"{norm.module}.weight": (kept,) for norm in model.residual.norms() if norm.formula.has_weight}
     eps = model.residual.end.formula.eps * width / kept
-    config = {"hidden_size": kept, **{key: eps for key in EPS_KEYS if key in model.config}}
+    config = {"hidden_size": kept, **{key: eps for key in NORM_EPS_KEYS if key in model.config}}
     heads = model.config.get("num_attention_heads")
     if heads:
         config["head_dim"] = model.config.get("head_dim") or width // heads
