@@ -25,6 +25,7 @@ from compressor.model.stored_weight import StoredWeight
 from compressor.model.streamed import tied_value
 from compressor.model.trusted_code import check_kernels
 from compressor.model.weight_names import Bindings, bind, fill
+from compressor.model.weights import Weight, part_of
 from compressor.process.resources import ran_out
 from compressor.storage.file_names import MANIFEST
 
@@ -92,8 +93,9 @@ class Unfilled:
         self.forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
         self.dtype = _dtype(checkpoint)
         self.model = empty_model(self.checkpoint, manifest)
-        self.bindings = bind(self.model, dense_view(self.checkpoint, self.forms, self.dtype), self.dtype)
+        self.bindings = bind(self.model, dense_view(self.checkpoint, self.forms, self.model, self.dtype), self.dtype)
         _check_places(self.forms, self.bindings)
+        _check_slices(self.forms, self.model)
         for form in sorted({form.form for form in self.forms.values()}):
             find_layer(form).prepare(self.model)
         self.matrix_of: Callable[[StoredWeight], Tensor] = self._own_matrix
@@ -102,6 +104,10 @@ class Unfilled:
             for name, form in self.forms.items()
             if form.weight.expert is None
         }
+        self._slices: dict[str, list[StoredWeight]] = {}  # tensor of all experts -> the stored experts in it
+        for stored in self.forms.values():
+            if stored.weight.is_slice:
+                self._slices.setdefault(stored.weight.tensor, []).append(stored)
         self._bias_holders = {form.bias: form for form in self.forms.values() if form.bias is not None}
 
     def layer(self, name: str) -> Any:
@@ -125,11 +131,21 @@ class Unfilled:
         holder = self._bias_holders.get(tensor)
         if holder is not None:
             return self.layer(holder.weight.name).vector(self.dtype)
+        if tensor in self._slices:
+            return self._joined(self._slices[tensor])
         form = self.forms.get(tensor.removesuffix(".weight"))
         if form is None:
             return self.checkpoint.read(tensor)
         matrix = self.matrix_of(form)
         return matrix.t() if form.weight.transposed else matrix
+
+    def _joined(self, slices: list[StoredWeight]) -> Tensor:
+        """A tensor of all experts; `_check_places` has made sure that these are all of it."""
+        parameter = self.model.get_parameter(slices[0].weight.parameter)
+        value = torch.empty(parameter.shape, dtype=self.dtype)
+        for form in slices:
+            part_of(value, form.weight).copy_(self.matrix_of(form))
+        return value
 
 
 def _filled_model(checkpoint: Checkpoint, manifest: Manifest) -> transformers.PreTrainedModel:
@@ -188,12 +204,41 @@ def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
         if weight.is_function or weight.role == "shortcut":
             continue
         filled, expert, rows = placed.get(weight.tensor, (None, None, None))
+        if weight.is_slice:
+            expert, rows = weight.expert, weight.rows  # `_check_slices` compares them
         names = [bindings.tied.get(parameter, parameter) for parameter in (filled, weight.parameter) if parameter]
         if len(set(names)) != 1 or filled is None or (expert, rows) != (weight.expert, weight.rows):
             raise ArtifactError(
                 f"the manifest loads {weight.tensor!r} into {_part(weight.parameter, weight.expert, weight.rows)}, "
                 f"but transformers loads it into {_part(filled, expert, rows)}",
                 where=name,
+                hint=BAD_HINT,
+            )
+
+
+def _check_slices(forms: dict[str, StoredWeight], model: transformers.PreTrainedModel) -> None:
+    """Check that the weights of each tensor of all experts fill its parameter, every row once.
+
+    raises ArtifactError naming the tensor
+    """
+    tensors: dict[str, list[Weight]] = {}
+    for form in forms.values():
+        if form.weight.is_slice:
+            tensors.setdefault(form.weight.tensor, []).append(form.weight)
+    for tensor, weights in tensors.items():
+        first = weights[0]
+        shape = tuple(model.get_parameter(first.parameter).shape)
+        if len(shape) == 3 and first.transposed:
+            shape = (shape[0], shape[2], shape[1])
+        found = sorted((weight.expert, *(weight.rows or ()), *weight.shape) for weight in weights)
+        at, is_whole = (0, 0), len(shape) == 3 and len({(w.parameter, w.transposed) for w in weights}) == 1
+        for entry in found:
+            is_whole = is_whole and entry[:2] == at and entry[3:] == (entry[2] - entry[1], shape[2])
+            at = (at[0] + 1, 0) if is_whole and entry[2] == shape[1] else (at[0], entry[2])
+        if not is_whole or at != (shape[0], 0):
+            raise ArtifactError(
+                f"the manifest has {len(weights)} weights of it, which are not all of its experts and rows",
+                where=tensor,
                 hint=BAD_HINT,
             )
 
@@ -275,8 +320,16 @@ def _stored_names(checkpoint: Checkpoint, form: StoredWeight) -> list[str]:
     return [name for name in checkpoint.tensors if name.startswith(prefix) and name not in dense]
 
 
-def dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: torch.dtype) -> Checkpoint:
-    """The checkpoint with each stored weight under its dense name and shape, for translating names."""
+def dense_view(
+    checkpoint: Checkpoint,
+    forms: dict[str, StoredWeight],
+    model: transformers.PreTrainedModel,
+    dtype: torch.dtype,
+) -> Checkpoint:
+    """The checkpoint with each stored weight under its dense name and shape, for translating names.
+
+    model  the artifact's, on the meta device
+    """
     tensors = dict(checkpoint.tensors)
     for form in forms.values():
         stored = _stored_names(checkpoint, form)
@@ -284,7 +337,9 @@ def dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: to
             raise ArtifactError("all tensors of this stored weight are missing", where=form.weight.name)
         if form.weight.bias is not None and form.bias is None and form.weight.bias not in checkpoint.tensors:
             raise ArtifactError(f"its bias {form.weight.bias!r} is missing", where=form.weight.name)
-        shape = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
+        shape: tuple[int, ...] = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
+        if form.weight.is_slice:
+            shape = tuple(model.get_parameter(form.weight.parameter).shape)
         dense = replace(tensors[stored[0]], shape=shape, dtype=dtype)
         for name in stored:
             del tensors[name]

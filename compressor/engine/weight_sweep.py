@@ -25,6 +25,7 @@ from compressor.model.facts import Decision
 from compressor.model.redefined_structure import split_parameter
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.weight_names import read_parameter
+from compressor.model.weights import matrix_in
 from compressor.protocol import WeightPass
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Line
@@ -234,8 +235,8 @@ def _errors_of_rescaled(sweep: StoringSweep, changes: Changes) -> dict[str, floa
     errors: dict[str, float | None] = {}
     for name, (form, layer) in changes.put.items():
         if form.weight.parameter in rescaled:
-            meant = checkpoint.read(form.weight.tensor)
-            errors[name] = relative_distance(layer.matrix(dtype), meant.t() if form.weight.transposed else meant)
+            meant = matrix_in(checkpoint.read(form.weight.tensor), form.weight)
+            errors[name] = relative_distance(layer.matrix(dtype), meant)
     return errors
 
 

@@ -65,7 +65,7 @@ class ChoiceTrace(ObservedMatmuls):
         self._current = call.parameter
         parameter = self._watched[call.parameter]
         matrices = parameter.numel() // call.elements
-        if parameter.dim() == 3:
+        if parameter.dim() == 3 and matrices == parameter.shape[0] and call.row_offset % call.elements == 0:
             self.expert_counts.add(parameter.shape[0])
         elif matrices > 1:
             self.expert_counts.add(matrices)

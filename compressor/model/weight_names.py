@@ -100,7 +100,7 @@ def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
     raises  ModelError if a parameter has no tensor, a shape differs, or tensors contain codes instead of weights
     """
-    renamed = _Renaming(model)
+    renamed = Renaming(model)
     state = dict(model.state_dict())
     found: dict[str, list[Source]] = {}
     chosen: dict[str, WeightConverter] = {}
@@ -123,7 +123,7 @@ def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
             continue
         rule = Rule(chosen[target], target)
         made = _realized(rule, parts, state, model, checkpoint)
-        placed = _placed(rule, parts, state[target].shape, model, checkpoint) if len(made) == 1 else None
+        placed = placed_rows(rule, parts, state[target].shape, model, checkpoint) if len(made) == 1 else None
         for name in made:
             sources[name] = placed or tuple(parts)
             rules[name] = rule
@@ -148,7 +148,7 @@ def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
     return Bindings(sources, rules, ties.tied, ties.apart, dtypes, joined, tuple(unused), owned)
 
 
-class _Renaming:
+class Renaming:
     """The renaming rules of transformers for one model. A call returns the parameter's name and the rule's pattern."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -269,7 +269,7 @@ def _realized(
     return list(made)
 
 
-def _placed(
+def placed_rows(
     rule: Rule, parts: list[Source], shape: torch.Size, model: PreTrainedModel, checkpoint: Checkpoint
 ) -> tuple[Source, ...] | None:
     """The position of each tensor's rows in (experts, rows, ...), found by applying the rule to numbered rows.
