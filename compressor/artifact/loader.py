@@ -226,21 +226,29 @@ def _check_slices(forms: dict[str, StoredWeight], model: transformers.PreTrained
         if form.weight.is_slice:
             tensors.setdefault(form.weight.tensor, []).append(form.weight)
     for tensor, weights in tensors.items():
-        first = weights[0]
-        shape = tuple(model.get_parameter(first.parameter).shape)
-        if len(shape) == 3 and first.transposed:
-            shape = (shape[0], shape[2], shape[1])
-        found = sorted((weight.expert, *(weight.rows or ()), *weight.shape) for weight in weights)
-        at, is_whole = (0, 0), len(shape) == 3 and len({(w.parameter, w.transposed) for w in weights}) == 1
-        for entry in found:
-            is_whole = is_whole and entry[:2] == at and entry[3:] == (entry[2] - entry[1], shape[2])
-            at = (at[0] + 1, 0) if is_whole and entry[2] == shape[1] else (at[0], entry[2])
-        if not is_whole or at != (shape[0], 0):
+        parameter = model.get_parameter(weights[0].parameter)
+        is_whole = parameter.dim() == 3 and len({(weight.parameter, weight.transposed) for weight in weights}) == 1
+        if is_whole:
+            experts, rows, columns = (parameter.mT if weights[0].transposed else parameter).shape
+            filled = torch.zeros(experts, rows, dtype=torch.bool)
+            is_whole = all(_fills(weight, filled, columns) for weight in weights) and bool(filled.all())
+        if not is_whole:
             raise ArtifactError(
-                f"the manifest has {len(weights)} weights of it, which are not all of its experts and rows",
+                f"the {len(weights)} weights of it in the manifest are not each row of each expert once",
                 where=tensor,
                 hint=BAD_HINT,
             )
+
+
+def _fills(weight: Weight, filled: Tensor, columns: int) -> bool:
+    """Mark the rows of a weight in (experts, rows). Returns whether they are there and weren't marked before."""
+    assert weight.expert is not None and weight.rows is not None
+    start, stop = weight.rows
+    if weight.expert >= len(filled) or stop > filled.shape[1] or weight.shape != (stop - start, columns):
+        return False
+    was_filled = bool(filled[weight.expert, start:stop].any())
+    filled[weight.expert, start:stop] = True
+    return not was_filled
 
 
 def _part(parameter: str | None, expert: int | None, rows: tuple[int, int] | None) -> str:
@@ -330,7 +338,7 @@ def dense_view(
 
     model  the artifact's, on the meta device
     """
-    tensors = dict(checkpoint.tensors)
+    tensors, parameters = dict(checkpoint.tensors), dict(model.named_parameters())
     for form in forms.values():
         stored = _stored_names(checkpoint, form)
         if not stored:
@@ -339,7 +347,13 @@ def dense_view(
             raise ArtifactError(f"its bias {form.weight.bias!r} is missing", where=form.weight.name)
         shape: tuple[int, ...] = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
         if form.weight.is_slice:
-            shape = tuple(model.get_parameter(form.weight.parameter).shape)
+            if form.weight.parameter not in parameters:
+                raise ArtifactError(
+                    f"the manifest puts it into {form.weight.parameter!r}, which the model doesn't have",
+                    where=form.weight.name,
+                    hint=BAD_HINT,
+                )
+            shape = tuple(parameters[form.weight.parameter].shape)
         dense = replace(tensors[stored[0]], shape=shape, dtype=dtype)
         for name in stored:
             del tensors[name]

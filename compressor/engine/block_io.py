@@ -35,8 +35,7 @@ class PartSource:
     def names(self, part: int) -> list[str]:
         """Checkpoint names of the tensors in this part, sorted."""
         if self.file is not None:
-            with safe_open(self.file, framework="pt") as opened:
-                return sorted(opened.keys())
+            return sorted(self._keys())
         return sorted(tensor for tensor, at in self.structure.part_by_tensor.items() if at == part)
 
     def read(self, tensor: str) -> Tensor:
@@ -60,17 +59,20 @@ class PartSource:
             return opened.get_tensor(tensor)
 
     def _joined(self, tensor: str, slices: list[StoredWeight]) -> Tensor:
-        """A tensor of all experts, some of which are stored. The file has the tensor unless all of them are."""
-        assert self.file is not None
-        with safe_open(self.file, framework="pt") as opened:
-            is_there = tensor in opened.keys()  # noqa: SIM118
-            value = opened.get_tensor(tensor) if is_there else None
-        if value is None:
-            shape = self.structure.model.get_parameter(slices[0].weight.parameter).shape
-            value = torch.empty(shape, dtype=self.structure.dtype)
+        """The parameter of all experts, some of which are stored. The file has its tensor unless all of them are."""
+        model, parameter = self.structure.model, slices[0].weight.parameter
+        if tensor in self._keys():
+            value = read_parameter(parameter, self.structure.bindings, self.raw, model)
+        else:
+            value = torch.empty(model.get_parameter(parameter).shape, dtype=self.structure.dtype)
         for form in slices:
             part_of(value, form.weight).copy_(self.layer(form).matrix(value.dtype))
         return value
+
+    def _keys(self) -> list[str]:
+        assert self.file is not None
+        with safe_open(self.file, framework="pt") as opened:
+            return list(opened.keys())
 
     def layer(self, form: StoredWeight) -> Layer:
         """The layer of a stored weight, without its bias."""

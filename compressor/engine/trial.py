@@ -46,7 +46,7 @@ from compressor.model.probe_model import example_batch, make_probe_model, use_ea
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, has_experts, replaced_tensors
 from compressor.model.structure import Structure, structure_of
-from compressor.model.weights import matrix_in
+from compressor.model.weight_names import read_matrix
 
 LEAST_WIDTH = 64  # smallest input width of a stored weight
 GROUP = 32  # group size in the probe model, if the plan has groups
@@ -202,8 +202,8 @@ def _store(
         form = planned.get((weight.parameter, weight.expert, weight.rows is not None))
         if form is None or weight.tensor not in tensors:
             continue
-        tensor = tensors[weight.tensor] if weight.is_slice else tensors.pop(weight.tensor)
-        made = _example(form, matrix_in(tensor, weight).float(), probe.dtype)
+        take = tensors.__getitem__ if weight.is_slice else tensors.pop
+        made = _example(form, read_matrix(weight, probe.bindings, take, probe.model).float(), probe.dtype)
         stored.append(StoredWeight(made.form, made.spec(), replace(weight, facts=form.weight.facts)))
         tensors |= {f"{weight.name}.{suffix}": value.contiguous() for suffix, value in made.tensors().items()}
     if not stored:

@@ -22,7 +22,7 @@ from compressor.model.block_runner import Pieces
 from compressor.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from compressor.model.config_values import check_values
 from compressor.model.empty_model import bound_model
-from compressor.model.fused_experts import Slice, expert_slices
+from compressor.model.fused_experts import Slice, expert_slices, only_turns
 from compressor.model.model_building import guarded
 from compressor.model.model_class import config_and_class, refuse_two_stacks
 from compressor.model.narrow_probe import Probes, narrow_config, width_of
@@ -193,8 +193,8 @@ class Structure:
         return product.fused_experts and any(source.rows is None for source in sources)
 
     def _slices(self, prefix: str, parameter: str, product: Product) -> tuple[Slice, ...]:
-        """The weights in a tensor of all experts; nothing if a rule of transformers changes it while it is loaded."""
-        if parameter in self.bindings.rules:
+        """The weights in a tensor of all experts; nothing if a rule of transformers reorders it while it is loaded."""
+        if parameter in self.bindings.rules and not only_turns(self.bindings.rules[parameter]):
             return ()
         if parameter not in self._expert_slices:
             tensor, block = self.bindings.sources[parameter][0].tensor, prefix.removesuffix(".")

@@ -26,6 +26,7 @@ from compressor.model.load_dtypes import held_dtypes
 from compressor.model.prequantized import refuse_codes
 from compressor.model.tying import Ties, find_ties
 from compressor.model.unused_tensors import Unused, unused_tensor
+from compressor.model.weights import Weight, part_of
 from compressor.storage.safetensors_file import same_bytes
 
 ROWS_SHIFT = 32  # a probe row is (source number << 32) + row number
@@ -186,6 +187,14 @@ def read_parameter(name: str, bindings: Bindings, read: Callable[[str], Tensor],
         return _joined_rows(sources, read, model.get_parameter(name).shape)
     tensors = [(source, read(source.tensor)) for source in sources]
     return _convert(rule, tensors, model)[name]
+
+
+def read_matrix(weight: Weight, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
+    """A weight as (out_features, in_features). `read` takes checkpoint names."""
+    if weight.is_slice:
+        return part_of(read_parameter(weight.parameter, bindings, read, model), weight)
+    value = read(weight.tensor)
+    return value.t() if weight.transposed else value
 
 
 def _joined_rows(sources: tuple[Source, ...], read: Callable[[str], Tensor], shape: torch.Size) -> Tensor:

@@ -67,13 +67,6 @@ def part_of(value: torch.Tensor, weight: Weight) -> torch.Tensor:
     return value if weight.rows is None else value[weight.rows[0] : weight.rows[1]]
 
 
-def matrix_in(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """A weight as (out_features, in_features), a view of the value of its checkpoint tensor."""
-    if weight.is_slice:
-        return part_of(tensor, weight)
-    return tensor.t() if weight.transposed else tensor
-
-
 @dataclass(frozen=True)
 class Group:
     """Weights that read the same input, in forward order."""

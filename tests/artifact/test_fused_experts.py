@@ -14,7 +14,6 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from raising import raises
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor.engine.plan import make_plan
@@ -28,8 +27,10 @@ SIZES = {"hidden_size": 64, "intermediate_size": 32}
 FUSED = {
     "granitemoe": ("custom", SIZES),
     "gpt_oss": ("custom", SIZES),
-    "jetmoe": ("custom", SIZES),
+    "jetmoe": ("custom", {**SIZES, "kv_channels": 16}),
     "gemma4_moe": ("custom", {"hidden_size": 64}),
+    "llama4": ("custom", SIZES),  # all of its experts are multiplied in one product
+    "qwen3_vl_moe": ("custom", {"hidden_size": 32}),  # the checkpoint has the matrices transposed
     "qwen3_5_moe": ("compressed-tensors", {"hidden_size": 64}),
 }
 
@@ -41,15 +42,22 @@ def recipe(*steps, **export):
 
 
 def save_fused(family, directory, **config):
-    """The checkpoint of a tiny model, whose tensors are the parameters: save_pretrained may store experts apart."""
+    """The checkpoint of a tiny model, with experts as on the hub, which save_pretrained may write in another way."""
     tiny.save(family, directory, dtype=torch.bfloat16, **config)
-    state = AutoModelForCausalLM.from_pretrained(directory).state_dict()
-    names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}  # a tied one under its first name
-    if family == "qwen3_5_moe":
-        tensors = {name: state[name].contiguous() for name in names.values()}
-        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    assert any(tensor.dim() == 3 for tensor in load_file(directory / "model.safetensors").values())
+    tensors = load_file(directory / "model.safetensors")
+    if family == "qwen3_5_moe":  # it wrote each expert apart
+        model = tiny.build(family, dtype=torch.bfloat16, **config)
+        tensors = {name: value for name, value in tensors.items() if not is_experts(name)}
+        tensors |= {name: value.detach() for name, value in model.named_parameters() if is_experts(name)}
+    if family == "qwen3_vl_moe":  # it wrote the matrices as the parameter has them
+        tensors = {name: value.mT.contiguous() if is_experts(name) else value for name, value in tensors.items()}
+    assert any(tensor.dim() == 3 for tensor in tensors.values())
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
+
+
+def is_experts(name):
+    return ".experts." in name
 
 
 def unpacked(tensors, name):
@@ -86,7 +94,7 @@ def test_each_expert_is_stored_and_loads_as_its_codes_say(family, built):
     experts = [entry for entry in weights.values() if entry["role"] == "experts"]
     source, tensors = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     fused = {entry["tensor"] for entry in experts}
-    assert fused == {name for name, tensor in source.items() if tensor.dim() == 3 and "conv" not in name}
+    assert fused == {name for name, value in source.items() if value.dim() == 3 and min(value.shape) > 1}
     assert not fused & tensors.keys()
     loaded = compressor.load(out, kernels="reference")
     for entry in experts:

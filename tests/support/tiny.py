@@ -229,6 +229,31 @@ FURTHER: dict[str, Callable[..., hf.PreTrainedModel]] = {
             }
         )
     ),
+    "qwen3_vl_moe": lambda **kw: hf.Qwen3VLMoeForConditionalGeneration(
+        hf.Qwen3VLMoeConfig(
+            text_config={
+                **TEXT,
+                "head_dim": 8,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+                **kw,
+            },
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "depth": 2,
+                "num_heads": 4,
+                "out_hidden_size": kw.get("hidden_size", 32),
+                "deepstack_visual_indexes": [0],
+            },
+            image_token_id=90,
+            video_token_id=91,
+            vision_start_token_id=92,
+            vision_end_token_id=93,
+        )
+    ),
     "bamba": lambda **kw: hf.BambaForCausalLM(  # its config.json has an infinite number
         hf.BambaConfig(
             **{

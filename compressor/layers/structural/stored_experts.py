@@ -43,7 +43,7 @@ def store_experts(
             layers.append((path.removeprefix(f"{owner}."), entry["expert"], tuple(entry["rows"]), entry["transposed"]))
         module.register_forward_pre_hook(partial(_fill, leaf, shape, layers), with_kwargs=True)
         module.register_forward_hook(partial(_free, leaf), always_call=True)
-        module._is_hf_initialized = True  # the class's initialization reads the parameter
+        module._is_hf_initialized = True  # type: ignore[assignment]  # its initialization reads the parameter
 
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -58,9 +58,13 @@ def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _fill(
-    leaf: str, shape: tuple[int, ...], layers: list[tuple[str, int, tuple[int, int], bool]], module: nn.Module,
-    args: tuple[Any, ...], kwargs: dict[str, Any],
-) -> None:  # fmt: skip
+    leaf: str,
+    shape: tuple[int, ...],
+    layers: list[tuple[str, int, tuple[int, int], bool]],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
     """Dequantize a parameter, in the dtype of the module's input."""
     x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())
     whole = torch.empty(shape, dtype=x.dtype, device=x.device)
