@@ -77,8 +77,9 @@ class ChoiceTrace(ObservedMatmuls):
         """Note parameters of which all matrices are multiplied, unless they were reported one by one."""
         for tensor in given:
             name = self._names.get(tensor.untyped_storage()._cdata)
-            is_whole = name is not None and tensor.dim() == 3 and tensor.numel() == self._watched[name].numel()
-            if is_whole and name not in reported:
+            if name is None or name in reported or tensor.dim() != 3:
+                continue
+            if tensor.numel() == self._watched[name].numel():
                 self.expert_counts.add(tensor.shape[0])
                 told = "all experts are multiplied in one batched product"
                 self.whole[name] = Because(told, reason="batched-product")
