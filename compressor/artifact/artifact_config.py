@@ -41,12 +41,24 @@ def artifact_config(
         config["architectures"] = [f"Compressed{type(model).__name__}"]
         if is_reshaped(config):
             config[SHAPES], config[MODULES] = reshaping(config)
-        config["compressed_weights"] = {
-            module_of(form): {"form": form.form, "spec": sorted_spec(form), "shape": list(form.weight.shape)}
-            for form in forms
-        }
+        config["compressed_weights"] = dict(_custom_entry(form) for form in forms)
         config["auto_map"] = custom_auto_map(kind, model) | config.get("auto_map", {})
     return config
+
+
+def _custom_entry(form: StoredWeight) -> tuple[str, dict[str, Any]]:
+    """The path of a stored layer in a custom artifact's model, and what the model needs to make it."""
+    weight = form.weight
+    entry = {"form": form.form, "spec": sorted_spec(form), "shape": list(weight.shape)}
+    if weight.expert is None:
+        return module_of(form), entry
+    assert weight.rows is not None
+    owner, _, leaf = module_of(form).rpartition(".")
+    is_module = weight.parameter.endswith(".weight")  # of all experts of this kind; else its owner has several kinds
+    last = weight.name.rpartition(".")[2]
+    path = f"{owner}.{leaf}.{weight.expert}" if is_module else f"{owner}.{weight.expert}.{last}"
+    place = {"parameter": weight.parameter, "expert": weight.expert, "rows": list(weight.rows)}
+    return path, {**entry, **place, "transposed": weight.transposed}
 
 
 def custom_auto_map(model_type: str, model: PreTrainedModel) -> dict[str, str]:

@@ -8,6 +8,8 @@ transformers.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from compressor.layers import find_layer
 from compressor.layers.base import Stock
 from compressor.model.reshaped_class import is_reshaped, reshaping
 from compressor.model.stored_weight import StoredWeight
+from compressor.model.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def choose_export_format(
     shaped = is_reshaped(model.config)
     if not forms and not shaped:
         return ExportFormat("dense", "no weight changed its format")
-    experts = _check_experts(forms)
+    _check_experts(forms)
     family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
     if family is not None and asked in ("auto", family):
         return ExportFormat(family, f"every weight fits {family}; plain transformers loads it")
@@ -58,13 +61,26 @@ def choose_export_format(
     at = foreign[0][0] if foreign else None
     if stock_only or asked not in ("auto", "custom"):
         raise _no_stock_loader(reason, because, None if shaped else len(foreign), at)
-    if experts:
-        raise _no_custom_experts(reason, because, next(iter(experts.values())), at, shaped)
+    if lost := _not_in_modeling_file(forms, shaped, model):
+        raise _no_custom_experts(reason, because, lost, at, shaped)
     return ExportFormat("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
 
 
-def _check_experts(forms: Sequence[StoredWeight]) -> dict[str, str]:
-    """Format -> an expert in it. raises PreflightError for a format that experts can't have, or for several formats"""
+def _not_in_modeling_file(forms: Sequence[StoredWeight], shaped: bool, model: PreTrainedModel) -> Weight | None:
+    """An expert that a modeling file can't hold; None if there is none.
+
+    It holds experts that one tensor of the source contains, if all of them are stored and the model isn't reshaped.
+    """
+    stored: Counter[str] = Counter()  # parameter of all experts -> its elements that are stored
+    experts = [form.weight for form in forms if form.weight.expert is not None]
+    for weight in experts:
+        stored[weight.parameter] += math.prod(weight.shape)
+    whole = {name for name, count in stored.items() if count == model.get_parameter(name).numel()}
+    return next((w for w in experts if shaped or not w.is_slice or w.parameter not in whole), None)
+
+
+def _check_experts(forms: Sequence[StoredWeight]) -> None:
+    """raises PreflightError for a format that experts can't have, or for several formats"""
     experts = [form for form in forms if form.weight.expert is not None]
     names = {form.form: form.weight.name for form in experts}
     for kind, name in names.items():
@@ -81,7 +97,6 @@ def _check_experts(forms: Sequence[StoredWeight]) -> dict[str, str]:
             where="steps",
             hint="Give all experts to one step, or to steps with the same bits and group_size.",
         )
-    return names
 
 
 def _no_stock_loader(reason: str, because: dict[str, Any], weights: int | None, at: str | None) -> PreflightError:
@@ -97,20 +112,28 @@ def _no_stock_loader(reason: str, because: dict[str, Any], weights: int | None, 
 
 
 def _no_custom_experts(
-    reason: str, because: dict[str, Any], expert: str, at: str | None, shaped: bool
+    reason: str, because: dict[str, Any], expert: Weight, at: str | None, shaped: bool
 ) -> PreflightError:
+    lacks = "some of the experts of a tensor" if expert.is_slice and not shaped else "experts"
     return PreflightError(
-        f"a modeling file can't hold experts, and no stock format fits: {reason}",
-        where=expert,
+        f"a modeling file can't hold {lacks}, and no stock format fits: {reason}",
+        where=expert.name,
         hint='Set except: ["@experts"] for the steps that quantize.'
         if shaped
+        else 'Select all experts of the tensor, or leave them out with except: ["@experts"].'
+        if expert.is_slice
         else 'Set symmetric: true for the experts, or leave them out with except: ["@experts"].',
         data={"reason": "no-custom-experts", "because": because, "weight": at},
     )
 
 
 def next_export_format(
-    export_format: ExportFormat, why: str, forms: Sequence[StoredWeight], asked: str, stock_only: bool
+    export_format: ExportFormat,
+    why: str,
+    forms: Sequence[StoredWeight],
+    asked: str,
+    stock_only: bool,
+    model: PreTrainedModel,
 ) -> ExportFormat:
     """The next export format to try, after the loader of one fails with this class.
 
@@ -121,8 +144,8 @@ def next_export_format(
     if export_format.name == "compressed-tensors" and not export_format.dequantize and len(schemes) == 1:
         reason = f"{export_format.reason}, with dequantize: true, since otherwise {why}"
         return ExportFormat(export_format.name, reason, dequantize=True)
-    is_expert = any(form.weight.expert is not None for form in forms)
-    if export_format.name in FAMILIES and asked == "auto" and not stock_only and not is_expert:
+    can_be_custom = _not_in_modeling_file(forms, False, model) is None
+    if export_format.name in FAMILIES and asked == "auto" and not stock_only and can_be_custom:
         reason = f"plain transformers can't load {export_format.name} into this class: {why}"
         return ExportFormat("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
     raise PreflightError(

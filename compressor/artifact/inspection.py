@@ -26,7 +26,7 @@ def _inspect_artifact(directory: Path) -> Overview:
     manifest, checkpoint = read_manifest(directory), open_checkpoint(directory)
     forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
-    found = structure_of(dense_view(checkpoint, forms, model.dtype), type(model), model.config).overview()
+    found = structure_of(dense_view(checkpoint, forms, model, model.dtype), type(model), model.config).overview()
     owners = {weight.name: part.name for part in found.parts for group in part.groups for weight in group}
     sizes = dict.fromkeys((part.name for part in found.parts), 0)
     for name, info in checkpoint.tensors.items():

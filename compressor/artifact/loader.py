@@ -25,6 +25,7 @@ from compressor.model.stored_weight import StoredWeight
 from compressor.model.streamed import tied_value
 from compressor.model.trusted_code import check_kernels
 from compressor.model.weight_names import Bindings, bind, fill
+from compressor.model.weights import Weight, part_of
 from compressor.process.resources import ran_out
 from compressor.storage.file_names import MANIFEST
 
@@ -92,8 +93,9 @@ class Unfilled:
         self.forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
         self.dtype = _dtype(checkpoint)
         self.model = empty_model(self.checkpoint, manifest)
-        self.bindings = bind(self.model, dense_view(self.checkpoint, self.forms, self.dtype), self.dtype)
+        self.bindings = bind(self.model, dense_view(self.checkpoint, self.forms, self.model, self.dtype), self.dtype)
         _check_places(self.forms, self.bindings)
+        _check_slices(self.forms, self.model)
         for form in sorted({form.form for form in self.forms.values()}):
             find_layer(form).prepare(self.model)
         self.matrix_of: Callable[[StoredWeight], Tensor] = self._own_matrix
@@ -102,6 +104,10 @@ class Unfilled:
             for name, form in self.forms.items()
             if form.weight.expert is None
         }
+        self._slices: dict[str, list[StoredWeight]] = {}  # tensor of all experts -> the stored experts in it
+        for stored in self.forms.values():
+            if stored.weight.is_slice:
+                self._slices.setdefault(stored.weight.tensor, []).append(stored)
         self._bias_holders = {form.bias: form for form in self.forms.values() if form.bias is not None}
 
     def layer(self, name: str) -> Any:
@@ -125,11 +131,21 @@ class Unfilled:
         holder = self._bias_holders.get(tensor)
         if holder is not None:
             return self.layer(holder.weight.name).vector(self.dtype)
+        if tensor in self._slices:
+            return self._joined(self._slices[tensor])
         form = self.forms.get(tensor.removesuffix(".weight"))
         if form is None:
             return self.checkpoint.read(tensor)
         matrix = self.matrix_of(form)
         return matrix.t() if form.weight.transposed else matrix
+
+    def _joined(self, slices: list[StoredWeight]) -> Tensor:
+        """A tensor of all experts; `_check_places` has made sure that these are all of it."""
+        parameter = self.model.get_parameter(slices[0].weight.parameter)
+        value = torch.empty(parameter.shape, dtype=self.dtype)
+        for form in slices:
+            part_of(value, form.weight).copy_(self.matrix_of(form))
+        return value
 
 
 def _filled_model(checkpoint: Checkpoint, manifest: Manifest) -> transformers.PreTrainedModel:
@@ -188,6 +204,8 @@ def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
         if weight.is_function or weight.role == "shortcut":
             continue
         filled, expert, rows = placed.get(weight.tensor, (None, None, None))
+        if weight.is_slice:
+            expert, rows = weight.expert, weight.rows  # `_check_slices` compares them
         names = [bindings.tied.get(parameter, parameter) for parameter in (filled, weight.parameter) if parameter]
         if len(set(names)) != 1 or filled is None or (expert, rows) != (weight.expert, weight.rows):
             raise ArtifactError(
@@ -196,6 +214,41 @@ def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
                 where=name,
                 hint=BAD_HINT,
             )
+
+
+def _check_slices(forms: dict[str, StoredWeight], model: transformers.PreTrainedModel) -> None:
+    """Check that the weights of each tensor of all experts fill its parameter, every row once.
+
+    raises ArtifactError naming the tensor
+    """
+    tensors: dict[str, list[Weight]] = {}
+    for form in forms.values():
+        if form.weight.is_slice:
+            tensors.setdefault(form.weight.tensor, []).append(form.weight)
+    for tensor, weights in tensors.items():
+        parameter = model.get_parameter(weights[0].parameter)
+        is_whole = parameter.dim() == 3 and len({(weight.parameter, weight.transposed) for weight in weights}) == 1
+        if is_whole:
+            experts, rows, columns = (parameter.mT if weights[0].transposed else parameter).shape
+            filled = torch.zeros(experts, rows, dtype=torch.bool)
+            is_whole = all(_fills(weight, filled, columns) for weight in weights) and bool(filled.all())
+        if not is_whole:
+            raise ArtifactError(
+                f"the {len(weights)} weights of it in the manifest are not each row of each expert once",
+                where=tensor,
+                hint=BAD_HINT,
+            )
+
+
+def _fills(weight: Weight, filled: Tensor, columns: int) -> bool:
+    """Mark the rows of a weight in (experts, rows). Returns whether they are there and weren't marked before."""
+    assert weight.expert is not None and weight.rows is not None
+    start, stop = weight.rows
+    if weight.expert >= len(filled) or stop > filled.shape[1] or weight.shape != (stop - start, columns):
+        return False
+    was_filled = bool(filled[weight.expert, start:stop].any())
+    filled[weight.expert, start:stop] = True
+    return not was_filled
 
 
 def _part(parameter: str | None, expert: int | None, rows: tuple[int, int] | None) -> str:
@@ -275,16 +328,32 @@ def _stored_names(checkpoint: Checkpoint, form: StoredWeight) -> list[str]:
     return [name for name in checkpoint.tensors if name.startswith(prefix) and name not in dense]
 
 
-def dense_view(checkpoint: Checkpoint, forms: dict[str, StoredWeight], dtype: torch.dtype) -> Checkpoint:
-    """The checkpoint with each stored weight under its dense name and shape, for translating names."""
-    tensors = dict(checkpoint.tensors)
+def dense_view(
+    checkpoint: Checkpoint,
+    forms: dict[str, StoredWeight],
+    model: transformers.PreTrainedModel,
+    dtype: torch.dtype,
+) -> Checkpoint:
+    """The checkpoint with each stored weight under its dense name and shape, for translating names.
+
+    model  the artifact's, on the meta device
+    """
+    tensors, parameters = dict(checkpoint.tensors), dict(model.named_parameters())
     for form in forms.values():
         stored = _stored_names(checkpoint, form)
         if not stored:
             raise ArtifactError("all tensors of this stored weight are missing", where=form.weight.name)
         if form.weight.bias is not None and form.bias is None and form.weight.bias not in checkpoint.tensors:
             raise ArtifactError(f"its bias {form.weight.bias!r} is missing", where=form.weight.name)
-        shape = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
+        shape: tuple[int, ...] = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
+        if form.weight.is_slice:
+            if form.weight.parameter not in parameters:
+                raise ArtifactError(
+                    f"the manifest puts it into {form.weight.parameter!r}, which the model doesn't have",
+                    where=form.weight.name,
+                    hint=BAD_HINT,
+                )
+            shape = tuple(parameters[form.weight.parameter].shape)
         dense = replace(tensors[stored[0]], shape=shape, dtype=dtype)
         for name in stored:
             del tensors[name]

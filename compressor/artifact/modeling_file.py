@@ -31,6 +31,7 @@ from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, struct
 
 BASE = "compressor.layers.base"
 PLACING = "compressor.layers.structural.placing"
+EXPERTS = "compressor.layers.structural.stored_experts"
 ERRORS = "compressor.errors"
 ALLOWED = sys.stdlib_module_names | {"torch", "transformers"}
 
@@ -64,7 +65,7 @@ class CompressedConfig({config}):
 def store_weights(model: Any, config: Any, prefix: str = "") -> None:
     """Put the layers of the config into a new model. `prefix` is its path in the model that the names are from."""
     modules = {{n.removeprefix(prefix): e for n, e in config.compressed_weights.items() if n.startswith(prefix)}}
-{reshaping}    for name, entry in modules.items():
+{reshaping}{experts}    for name, entry in modules.items():
         owner, _, leaf = name.rpartition(".")
         bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None) is not None
         layer = STORED_FORMS[entry["form"]]
@@ -119,6 +120,11 @@ RESHAPING = """    shapes, parts = (
     reshape(model, shapes, parts, STORED_FORMS)
 """
 
+STORING_EXPERTS = """    experts = {n: e for n, e in modules.items() if "expert" in e}
+    store_experts(model, experts, STORED_FORMS, prefix)
+    modules = {n: e for n, e in modules.items() if n not in experts}
+"""
+
 # While loading, transformers renames and joins tensors of its own classes; other classes need this registration.
 CONVERSIONS = """
 
@@ -145,16 +151,19 @@ class _Parts:
     owners: dict[str, str] = field(default_factory=dict)
 
 
-def modeling_source(model: PreTrainedModel, forms: Iterable[str]) -> str:
+def modeling_source(model: PreTrainedModel, forms: Iterable[str], *, experts: bool = False) -> str:
     """Source of the modeling file for this model class and the names of these quantization formats.
 
     A reshaped model (`compressor.model.reshaped_class`) adds its structural formats.
+
+    experts  whether experts are in these formats
 
     raises ArtifactError for a layer whose source depends on other modules
     """
     base, config = type(model).__name__, type(model.config).__name__
     layers = {form: find_layer(form) for form in sorted({*forms, *structural_forms(model.config)})}
     modules = [BASE, PLACING] if is_reshaped(model.config) else [BASE]
+    modules += [EXPERTS] if experts else []
     for layer in layers.values():
         modules += [name for name in (*layer.helpers, layer.__module__) if name not in modules]
     parts = _Parts(names={"typing": {"Any"}, "transformers": {base, config}}, plain={"import torch"})
@@ -177,6 +186,7 @@ def modeling_source(model: PreTrainedModel, forms: Iterable[str]) -> str:
         version=VERSION,
         base=base,
         reshaping=RESHAPING if is_reshaped(model.config) else "",
+        experts=STORING_EXPERTS if experts else "",
         making=making,
         backbone=backbone,
         description=(RESHAPED if is_reshaped(model.config) else DESCRIPTION).format(

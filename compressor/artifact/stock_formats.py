@@ -24,6 +24,7 @@ from compressor.kernels.ops.bitsandbytes_linear import bitsandbytes_forward
 from compressor.layers import find_layer
 from compressor.layers.base import Layer, Stock
 from compressor.model.stored_weight import StoredWeight
+from compressor.model.weight_names import Renaming
 
 STOCK_TENSORS_VERSION = "0.20.0"  # the compressed-tensors release with which the layout was checked
 Described = tuple[StoredWeight, dict[str, Any]]  # a weight and the settings of its `Layer.stock`
@@ -69,12 +70,16 @@ def described_by(forms: Sequence[StoredWeight]) -> list[Described]:
 
 def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, Because]]:
     dense_experts = _some_experts_stay_dense([form for form, _ in described], model)
+    renaming = Renaming(model)
     schemes = len({str(settings) for _, settings in described})
     refused = []
     for form, settings in described:
         packed = settings["format"] == "pack-quantized"
         why = None
-        if form.weight.transposed:
+        if form.weight.is_slice and renaming(f"{form.weight.name}.weight")[1] is None:
+            told = "is an expert, and stock loaders have no rule that joins separate experts of this class"
+            why = Because(told, reason="no-joining-rule")
+        elif form.weight.transposed:
             why = Because("is a Conv1D, which compressed-tensors can't target", reason="conv1d")
         elif form.weight.expert is not None and not (packed and settings["weights"]["symmetric"]):
             told = "is an expert, but of experts stock loaders read only packed symmetric codes"
@@ -139,7 +144,7 @@ def _some_experts_stay_dense(forms: Sequence[StoredWeight], model: PreTrainedMod
         if value.dim() == 3 and min(value.shape[1:]) > 1 and any(pattern.search(name) for pattern in joined)
     }
     for form in forms:
-        if form.weight.expert is not None:
+        if form.weight.parameter in rows:
             rows[form.weight.parameter] -= form.weight.out_features
     return any(rows.values())
 

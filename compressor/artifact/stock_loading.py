@@ -133,7 +133,9 @@ def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: An
 
 def _generated_class(directory: Path, manifest: Loadable, empty: Any) -> Any:
     name = _modeling_name(empty)
-    expected = modeling_source(empty, (entry["form"] for entry in manifest["weights"].values()))
+    entries = manifest["weights"].values()
+    experts = any(entry.get("expert") is not None for entry in entries)
+    expected = modeling_source(empty, (entry["form"] for entry in entries), experts=experts)
     module = run_generated(read_generated(directory, name, expected), directory / name)
     cls = getattr(module, f"Compressed{type(empty).__name__}")
     cls.register_for_auto_class(auto_classes(empty)[0])  # marks the class like one loaded through auto_map

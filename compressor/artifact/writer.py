@@ -22,7 +22,7 @@ from compressor.artifact.files import file_facts
 from compressor.artifact.manifest import FORMAT_VERSION, Manifest, Source
 from compressor.artifact.modeling_file import VERSION, modeling_source
 from compressor.layers import find_layer
-from compressor.model.stored_weight import StoredWeight
+from compressor.model.stored_weight import StoredWeight, has_experts
 from compressor.model.structure import Structure
 from compressor.model.unused_tensors import Unused
 from compressor.storage.file_names import MANIFEST
@@ -119,7 +119,7 @@ def write_artifact(
     config = artifact_config(structure.checkpoint.carried_config, export_format, forms, structure.model, dtype, untied)
     write_json(directory / "config.json", config)
     if export_format.name == "custom":
-        text = modeling_source(structure.model, (form.form for form in forms))
+        text = modeling_source(structure.model, (form.form for form in forms), experts=has_experts(forms))
         (directory / f"modeling_{config['model_type']}.py").write_text(text)
     for relative in structure.checkpoint.side_files.carried:
         (directory / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.model.stored_weight import StoredWeight
+from compressor.model.stored_weight import StoredWeight, replaced_tensors
 from compressor.model.structure import Structure
 from compressor.model.weight_names import fill, read_parameter
 from compressor.model.weights import Weight, part_of
@@ -35,8 +35,7 @@ class PartSource:
     def names(self, part: int) -> list[str]:
         """Checkpoint names of the tensors in this part, sorted."""
         if self.file is not None:
-            with safe_open(self.file, framework="pt") as opened:
-                return sorted(opened.keys())
+            return sorted(self._keys())
         return sorted(tensor for tensor, at in self.structure.part_by_tensor.items() if at == part)
 
     def read(self, tensor: str) -> Tensor:
@@ -47,6 +46,8 @@ class PartSource:
         dtype = self.structure.dtype
         if self.file is None:
             return self.structure.read(tensor)
+        if slices := [form for form in self.forms.values() if form.weight.tensor == tensor and form.weight.is_slice]:
+            return self._joined(tensor, slices)
         form = self.forms.get(tensor.removesuffix(".weight"))
         if form is not None:
             matrix = self.layer(form).matrix(dtype)
@@ -56,6 +57,22 @@ class PartSource:
             return self.layer(holder).vector(dtype)
         with safe_open(self.file, framework="pt") as opened:
             return opened.get_tensor(tensor)
+
+    def _joined(self, tensor: str, slices: list[StoredWeight]) -> Tensor:
+        """The parameter of all experts, some of which are stored. The file has its tensor unless all of them are."""
+        model, parameter = self.structure.model, slices[0].weight.parameter
+        if tensor in self._keys():
+            value = read_parameter(parameter, self.structure.bindings, self.raw, model)
+        else:
+            value = torch.empty(model.get_parameter(parameter).shape, dtype=self.structure.dtype)
+        for form in slices:
+            part_of(value, form.weight).copy_(self.layer(form).matrix(value.dtype))
+        return value
+
+    def _keys(self) -> list[str]:
+        assert self.file is not None
+        with safe_open(self.file, framework="pt") as opened:
+            return list(opened.keys())
 
     def layer(self, form: StoredWeight) -> Layer:
         """The layer of a stored weight, without its bias."""
@@ -188,7 +205,8 @@ def part_tensors(
 
     written  new values of dense tensors, by name
     """
-    replaced = {name for form, _ in put.values() for name in (form.weight.tensor, form.bias)}
+    earlier = [form for name, form in source.forms.items() if form.weight.is_slice and name not in put]
+    replaced = replaced_tensors([*earlier, *(form for form, _ in put.values())], source.structure.checkpoint)
     for tensor in source.names(part):
         if tensor not in replaced and not any(_belongs(tensor, form.weight) for form, _ in put.values()):
             yield tensor, written[tensor] if tensor in written else source.raw(tensor)

@@ -21,6 +21,7 @@ from compressor.engine.part_work import chosen_groups, data_size, part_works, to
 from compressor.engine.plan_records import Findings, Formats, Reshape, Selected, Sizes
 from compressor.errors import PreflightError
 from compressor.layers import find_layer
+from compressor.model.stored_weight import has_experts, replaced_tensors
 from compressor.protocol import RewritePass, WeightPass
 from compressor.storage.safetensors_file import header_bytes
 
@@ -54,7 +55,7 @@ def planned_tensors(
     stored  weight name -> the format it will be in; all other weights stay dense
     untied  whether the output head gets its own weight
     """
-    replaced = {name for form in stored.values() for name in (form.weight.tensor, form.bias)}
+    replaced = replaced_tensors(stored.values(), structure.checkpoint)
     by_part: dict[int, list[Named]] = {}
     for tensor, part in structure.part_by_tensor.items():
         if tensor not in replaced:
@@ -121,7 +122,7 @@ def _side_file_bytes(
     pinned = recipe.pinned(SOME_HASH if recipe.reads_data else None, SOME_HASH)
     side = len(json.dumps(config, indent=2)) + len(pinned.to_yaml().encode())
     if export_format.name == "custom":
-        side += len(modeling_source(structure.model, (form.form for form in forms)))
+        side += len(modeling_source(structure.model, (form.form for form in forms), experts=has_experts(forms)))
     checkpoint = structure.checkpoint
     return side + sum((checkpoint.directory / path).stat().st_size for path in checkpoint.side_files.carried)
 

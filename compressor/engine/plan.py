@@ -305,7 +305,9 @@ def _tried_export_format(
         return export_format
     try:
         while (why := try_loaders(structure, forms, export_format)) is not None:
-            export_format = next_export_format(export_format, why, forms, export.format, export.stock_only)
+            export_format = next_export_format(
+                export_format, why, forms, export.format, export.stock_only, structure.model
+            )
     except NoProbeModel as reason:
         message = (
             f"loading {export_format.name} was not tried: {reason}. The run finds out after its sweep whether it works."

@@ -44,8 +44,9 @@ from compressor.model.model_class import config_and_class
 from compressor.model.narrow_shapes import divide_shapes
 from compressor.model.probe_model import example_batch, make_probe_model, use_eager_experts
 from compressor.model.reshaped_class import is_reshaped
-from compressor.model.stored_weight import StoredWeight
+from compressor.model.stored_weight import StoredWeight, has_experts, replaced_tensors
 from compressor.model.structure import Structure, structure_of
+from compressor.model.weight_names import read_matrix
 
 LEAST_WIDTH = 64  # smallest input width of a stored weight
 GROUP = 32  # group size in the probe model, if the plan has groups
@@ -201,18 +202,21 @@ def _store(
         form = planned.get((weight.parameter, weight.expert, weight.rows is not None))
         if form is None or weight.tensor not in tensors:
             continue
-        matrix = tensors.pop(weight.tensor)
-        made = _example(form, (matrix.t() if weight.transposed else matrix).float(), probe.dtype)
+        take = tensors.__getitem__ if weight.is_slice else tensors.pop
+        made = _example(form, read_matrix(weight, probe.bindings, take, probe.model).float(), probe.dtype)
         stored.append(StoredWeight(made.form, made.spec(), replace(weight, facts=form.weight.facts)))
         tensors |= {f"{weight.name}.{suffix}": value.contiguous() for suffix, value in made.tensors().items()}
     if not stored:
         return []
+    slices = [form for form in stored if form.weight.is_slice]
+    for name in replaced_tensors(slices, probe.checkpoint):
+        del tensors[name]
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     dtype = str(probe.dtype).removeprefix("torch.")
     config = artifact_config(probe.checkpoint.config, export_format, stored, probe.model, dtype, untied=False)
     write_json(directory / "config.json", config)
     if export_format.name == "custom":
-        text = modeling_source(probe.model, (form.form for form in stored))
+        text = modeling_source(probe.model, (form.form for form in stored), experts=has_experts(stored))
         (directory / f"modeling_{config['model_type']}.py").write_text(text)
     seal(
         directory,

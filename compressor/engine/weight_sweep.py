@@ -24,7 +24,7 @@ from compressor.layers.base import Layer
 from compressor.model.facts import Decision
 from compressor.model.redefined_structure import split_parameter
 from compressor.model.stored_weight import StoredWeight, relative_distance
-from compressor.model.weight_names import read_parameter
+from compressor.model.weight_names import read_matrix, read_parameter
 from compressor.protocol import WeightPass
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Line
@@ -230,13 +230,14 @@ def _errors_of_rescaled(sweep: StoringSweep, changes: Changes) -> dict[str, floa
 
     For other weights this is the distance from their values when they were stored, which is known already.
     """
-    checkpoint, dtype = PartSource(sweep.sweeper.structure), sweep.sweeper.structure.dtype
+    structure = sweep.sweeper.structure
+    checkpoint, dtype = PartSource(structure), structure.dtype
     rescaled = changes.written | sweep.before.written
     errors: dict[str, float | None] = {}
     for name, (form, layer) in changes.put.items():
         if form.weight.parameter in rescaled:
-            meant = checkpoint.read(form.weight.tensor)
-            errors[name] = relative_distance(layer.matrix(dtype), meant.t() if form.weight.transposed else meant)
+            meant = read_matrix(form.weight, structure.bindings, checkpoint.read, structure.model)
+            errors[name] = relative_distance(layer.matrix(dtype), meant)
     return errors
 
 

@@ -119,7 +119,7 @@ def split_parameter(structure: Structure, name: str, value: Tensor) -> dict[str,
     assert name not in structure.bindings.joined  # it has a tensor of its own now (`_tensor_infos`)
     parts = {}
     for source in sources:
-        assert source.rows is not None  # joined by rows, or the model was refused (`weight_names._placed`)
+        assert source.rows is not None  # joined by rows, or the model was refused (`weight_names.placed_rows`)
         parts[source.tensor] = value[source.expert, source.rows[0] : source.rows[1]]
     return parts
 

@@ -7,7 +7,6 @@ experts, or their order) are computed from its output. Names differ between fami
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,10 +40,11 @@ class ChoiceTrace(ObservedMatmuls):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         self._current = None
+        before = len(self.calls)
         result = super().__torch_function__(func, types, args, kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         if func in _BATCHED:
-            self._note_batched(func, given)
+            self._note_batched(given, {call.parameter for call in self.calls[before:]})
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if self._current is not None:
             self._remember(made, frozenset({self._current}))
@@ -65,7 +65,7 @@ class ChoiceTrace(ObservedMatmuls):
         self._current = call.parameter
         parameter = self._watched[call.parameter]
         matrices = parameter.numel() // call.elements
-        if parameter.dim() == 3:
+        if parameter.dim() == 3 and matrices == parameter.shape[0] and call.row_offset % call.elements == 0:
             self.expert_counts.add(parameter.shape[0])
         elif matrices > 1:
             self.expert_counts.add(matrices)
@@ -73,10 +73,13 @@ class ChoiceTrace(ObservedMatmuls):
             self.whole[call.parameter] = Because(told, reason="several-matrices")
         self.calls.append(call)
 
-    def _note_batched(self, func: Any, given: list[Tensor]) -> None:
+    def _note_batched(self, given: list[Tensor], reported: set[str]) -> None:
+        """Note parameters of which all matrices are multiplied, unless they were reported one by one."""
         for tensor in given:
             name = self._names.get(tensor.untyped_storage()._cdata)
-            if name is not None and tensor.dim() == 3 and math.prod(tensor.shape) == self._watched[name].numel():
+            if name is None or name in reported or tensor.dim() != 3:
+                continue
+            if tensor.numel() == self._watched[name].numel():
                 self.expert_counts.add(tensor.shape[0])
                 told = "all experts are multiplied in one batched product"
                 self.whole[name] = Because(told, reason="batched-product")

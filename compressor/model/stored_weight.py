@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from compressor.layers import find_layer
 from compressor.lazy import torch
 from compressor.model.weights import Weight
+
+if TYPE_CHECKING:
+    from compressor.model.checkpoint import Checkpoint
 
 
 class StoredEntry(TypedDict):
@@ -53,6 +59,23 @@ class StoredWeight:
         values["shape"] = tuple(values["shape"])
         values["rows"] = tuple(values["rows"]) if values.get("rows") else None
         return cls(entry["form"], entry["spec"], Weight(**values))
+
+
+def has_experts(forms: Iterable[StoredWeight]) -> bool:
+    return any(form.weight.expert is not None for form in forms)
+
+
+def replaced_tensors(forms: Iterable[StoredWeight], checkpoint: Checkpoint) -> set[str]:
+    """The dense tensors that these stored weights replace. One of all experts is replaced only when all are stored."""
+    replaced: set[str] = set()
+    stored: Counter[str] = Counter()  # tensor of all experts -> its elements that are stored
+    for form in forms:
+        if form.weight.is_slice:
+            stored[form.weight.tensor] += math.prod(form.weight.shape)
+        else:
+            replaced |= {name for name in (form.weight.tensor, form.bias) if name is not None}
+    whole = {name for name, count in stored.items() if count == math.prod(checkpoint.tensors[name].shape)}
+    return replaced | whole
 
 
 DISTANCE_ELEMENTS = 1 << 20  # compared at a time: they stay in a cache, and no second copy of a matrix is needed

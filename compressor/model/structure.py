@@ -22,6 +22,7 @@ from compressor.model.block_runner import Pieces
 from compressor.model.checkpoint import Checkpoint, check_finite, open_checkpoint
 from compressor.model.config_values import check_values
 from compressor.model.empty_model import bound_model
+from compressor.model.fused_experts import Slice, expert_slices, only_turns
 from compressor.model.model_building import guarded
 from compressor.model.model_class import config_and_class, refuse_two_stacks
 from compressor.model.narrow_probe import Probes, narrow_config, width_of
@@ -54,6 +55,7 @@ class Structure:
     dtype: torch.dtype
     left_dense: dict[str, str] = field(default_factory=dict, repr=False)
     _stages: dict[int, list[Stage]] = field(default_factory=dict, repr=False)
+    _expert_slices: dict[str, tuple[Slice, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def architecture(self) -> str:
@@ -110,9 +112,9 @@ class Structure:
             prefix = f"{self.pieces.blocks_path}.{index}."
             reasons = dict(self.traced.whole[kind])
             for product in (product for group in self.traced.groups[kind] for product in group):
-                sources = self.bindings.sources.get(prefix + product.parameter, ())
-                if product.fused_experts and any(source.rows is None for source in sources):
-                    told = "the checkpoint stores all experts of a block in one tensor"
+                name = prefix + product.parameter
+                if self._lie_in_one_tensor(name, product) and not self._slices(prefix, name, product):
+                    told = "the checkpoint stores all experts of a block in one tensor, in another order than the model"
                     reasons[product.parameter] = Because(told, reason="experts-in-one-tensor")
             for parameter, why in reasons.items():
                 for source in self.bindings.sources.get(prefix + parameter, ()):
@@ -167,8 +169,13 @@ class Structure:
                 weight = _weight(name.removesuffix(".weight"), name, name, parameter, product, kind, bias)
                 grouped.setdefault(None, []).append(weight)
                 continue
-            if product.fused_experts and any(source.rows is None for source in sources):
-                continue  # `whole` has it
+            if self._lie_in_one_tensor(name, product):
+                for piece in self._slices(prefix, name, product):  # without any, `whole` has it
+                    weight = _weight(piece.name, sources[0].tensor, name, parameter, product, kind, None)
+                    shape = (piece.rows[1] - piece.rows[0], weight.in_features)
+                    weight = replace(weight, shape=shape, expert=piece.expert, rows=piece.rows)
+                    grouped.setdefault(piece.expert, []).append(weight)
+                continue
             for source in sources:
                 weight = _weight(
                     source.tensor.removesuffix(".weight"), source.tensor, name, parameter, product, kind, bias
@@ -179,6 +186,21 @@ class Structure:
                 grouped.setdefault(source.expert, []).append(weight)
         for expert in sorted(grouped, key=lambda e: -1 if e is None else e):
             yield Group(tuple(grouped[expert]))
+
+    def _lie_in_one_tensor(self, parameter: str, product: Product) -> bool:
+        """Whether one tensor of the checkpoint contains all experts of a parameter."""
+        sources = self.bindings.sources.get(parameter, ())
+        return product.fused_experts and any(source.rows is None for source in sources)
+
+    def _slices(self, prefix: str, parameter: str, product: Product) -> tuple[Slice, ...]:
+        """The weights in a tensor of all experts; nothing if a rule of transformers reorders it while it is loaded."""
+        if parameter in self.bindings.rules and not only_turns(self.bindings.rules[parameter]):
+            return ()
+        if parameter not in self._expert_slices:
+            tensor, block = self.bindings.sources[parameter][0].tensor, prefix.removesuffix(".")
+            found = expert_slices(tensor, parameter, block, product.transposed, self.model, self.checkpoint)
+            self._expert_slices[parameter] = found
+        return self._expert_slices[parameter]
 
     def _bias(self, name: str) -> str | None:
         candidate = name.removesuffix("weight") + "bias"

@@ -26,6 +26,7 @@ from compressor.model.load_dtypes import held_dtypes
 from compressor.model.prequantized import refuse_codes
 from compressor.model.tying import Ties, find_ties
 from compressor.model.unused_tensors import Unused, unused_tensor
+from compressor.model.weights import Weight, part_of
 from compressor.storage.safetensors_file import same_bytes
 
 ROWS_SHIFT = 32  # a probe row is (source number << 32) + row number
@@ -100,7 +101,7 @@ def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
     raises  ModelError if a parameter has no tensor, a shape differs, or tensors contain codes instead of weights
     """
-    renamed = _Renaming(model)
+    renamed = Renaming(model)
     state = dict(model.state_dict())
     found: dict[str, list[Source]] = {}
     chosen: dict[str, WeightConverter] = {}
@@ -123,7 +124,7 @@ def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
             continue
         rule = Rule(chosen[target], target)
         made = _realized(rule, parts, state, model, checkpoint)
-        placed = _placed(rule, parts, state[target].shape, model, checkpoint) if len(made) == 1 else None
+        placed = placed_rows(rule, parts, state[target].shape, model, checkpoint) if len(made) == 1 else None
         for name in made:
             sources[name] = placed or tuple(parts)
             rules[name] = rule
@@ -148,7 +149,7 @@ def bind(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
     return Bindings(sources, rules, ties.tied, ties.apart, dtypes, joined, tuple(unused), owned)
 
 
-class _Renaming:
+class Renaming:
     """The renaming rules of transformers for one model. A call returns the parameter's name and the rule's pattern."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -186,6 +187,14 @@ def read_parameter(name: str, bindings: Bindings, read: Callable[[str], Tensor],
         return _joined_rows(sources, read, model.get_parameter(name).shape)
     tensors = [(source, read(source.tensor)) for source in sources]
     return _convert(rule, tensors, model)[name]
+
+
+def read_matrix(weight: Weight, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
+    """A weight as (out_features, in_features). `read` takes checkpoint names."""
+    if weight.is_slice:
+        return part_of(read_parameter(weight.parameter, bindings, read, model), weight)
+    value = read(weight.tensor)
+    return value.t() if weight.transposed else value
 
 
 def _joined_rows(sources: tuple[Source, ...], read: Callable[[str], Tensor], shape: torch.Size) -> Tensor:
@@ -269,7 +278,7 @@ def _realized(
     return list(made)
 
 
-def _placed(
+def placed_rows(
     rule: Rule, parts: list[Source], shape: torch.Size, model: PreTrainedModel, checkpoint: Checkpoint
 ) -> tuple[Source, ...] | None:
     """The position of each tensor's rows in (experts, rows, ...), found by applying the rule to numbered rows.

@@ -30,7 +30,7 @@ class Weight:
     """
 
     name: str
-    tensor: str  # checkpoint key, usually name + ".weight"; empty for a function without a weight
+    tensor: str  # checkpoint key, usually name + ".weight" (see is_slice); empty for a function without a weight
     parameter: str
     shape: tuple[int, ...]
     role: str
@@ -43,6 +43,11 @@ class Weight:
     @property
     def is_function(self) -> bool:
         return self.role in FUNCTION_ROLES
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether its tensor contains other experts, too. Its name is then its own, and not the tensor's."""
+        return self.expert is not None and self.name != self.tensor.removesuffix(".weight")
 
     @property
     def out_features(self) -> int:

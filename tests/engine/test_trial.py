@@ -93,7 +93,7 @@ def test_what_no_loader_can_load_is_refused(tmp_path, monkeypatch):
     told = {"reason": "loader-fails", "format": "custom", "cause": "the loader stops (KeyError: 'x')"}
     assert isinstance(problem, PreflightError) and (problem.where, problem.data) == ("export", told)
     with raises(PreflightError, where="export", reason="loader-fails", format="custom", cause="why"):
-        next_export_format(ExportFormat("custom", ""), "why", [], "custom", False)
+        next_export_format(ExportFormat("custom", ""), "why", [], "custom", False, tiny.build("llama"))
 
 
 def test_a_format_that_was_not_tried_is_a_warning(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ ROUTERS = {
     "dbrx": "router.layer",
     "qwen3_next": "gate",
 }
-WHOLE = {"gpt_oss", "granitemoe", "llama4", "dbrx"}  # their experts lie in one tensor, or are multiplied as one
+WHOLE = {"dbrx"}  # its experts are slices of one matrix
 PARTS = {"CAUSAL_LM": 4, "SEQUENCE_CLASSIFICATION": 2}  # of the classes of a task, each a test
 REFUSED = {"albert": {"calls": 4, "blocks": 1}}
 
@@ -134,8 +134,6 @@ def test_a_gate_projection_as_wide_as_a_convolution_is_no_router(saved):
     [
         ("mixtral", "@router", {"reason": "does-more", "module": "MixtralTopKRouter"}),
         ("phimoe", "@router", {"reason": "does-more", "module": "PhimoeTopKRouter"}),
-        ("gpt_oss", "@experts", {"reason": "experts-in-one-tensor"}),
-        ("llama4", "@experts", {"reason": "batched-product"}),
         ("dbrx", "@experts", {"reason": "several-matrices"}),
     ],
 )

@@ -196,6 +196,64 @@ FURTHER: dict[str, Callable[..., hf.PreTrainedModel]] = {
     "phimoe": lambda **kw: hf.PhimoeForCausalLM(hf.PhimoeConfig(**{**MOE, **kw})),
     "gpt_oss": lambda **kw: hf.GptOssForCausalLM(hf.GptOssConfig(**{**MOE, "head_dim": 8, **kw})),
     "granitemoe": lambda **kw: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**{**MOE, **kw})),
+    "jetmoe": lambda **kw: hf.JetMoeForCausalLM(hf.JetMoeConfig(**{**MOE, "kv_channels": 8, **kw})),
+    "gemma4_moe": lambda **kw: hf.Gemma4ForCausalLM(
+        hf.Gemma4TextConfig(
+            **{
+                **TEXT,
+                "head_dim": 8,
+                "global_head_dim": 8,
+                "hidden_size_per_layer_input": 0,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 32,
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention"],
+                **kw,
+            }
+        )
+    ),
+    "qwen3_5_moe": lambda **kw: hf.Qwen3_5MoeForCausalLM(
+        hf.Qwen3_5MoeTextConfig(
+            **{
+                **TEXT,
+                **HEADS,
+                "head_dim": 8,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+                "layer_types": ["linear_attention", "full_attention"],
+                **kw,
+            }
+        )
+    ),
+    "qwen3_vl_moe": lambda **kw: hf.Qwen3VLMoeForConditionalGeneration(
+        hf.Qwen3VLMoeConfig(
+            text_config={
+                **TEXT,
+                "head_dim": 8,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 64,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+                **kw,
+            },
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "depth": 2,
+                "num_heads": 4,
+                "out_hidden_size": kw.get("hidden_size", 32),
+                "deepstack_visual_indexes": [0],
+            },
+            image_token_id=90,
+            video_token_id=91,
+            vision_start_token_id=92,
+            vision_end_token_id=93,
+        )
+    ),
     "bamba": lambda **kw: hf.BambaForCausalLM(  # its config.json has an infinite number
         hf.BambaConfig(
             **{
