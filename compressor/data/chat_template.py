@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 CLOCK = "strftime_now"  # the function by which templates print the date
 # Friday, 26 July 2024: the date that Llama's templates print where there is no clock.
 DAY = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24", "%a": "Fri", "%A": "Friday",
-       "%F": "2024-07-26", "%H": "00", "%M": "00", "%S": "00"}  # fmt: skip
+       "%-d": "26", "%-m": "7", "%F": "2024-07-26", "%H": "00", "%M": "00", "%S": "00"}  # fmt: skip
 MARK = "compressor-probe"
 # Files in which the processor of a model with images keeps its template, where a tokenizer doesn't look for one.
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")

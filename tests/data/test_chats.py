@@ -149,12 +149,14 @@ def test_a_template_that_prints_only_parts_gets_parts(tmp_path):
     assert samples.inputs[0].tolist() == tokenizer(CHATS["turns"][1])["input_ids"]
 
 
-def test_the_date_in_a_template_is_always_the_same(tmp_path):
-    tokenizer = tiny_tokenizer.save(
-        "qwen", tmp_path / "model", "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
-    )
+@pytest.mark.parametrize(
+    ("format", "day"), [("%d %b %Y", "26 Jul 2024"), ("%A, %B %-d", "Friday, July 26"), ("%Y-%m-%d", "2024-07-26")]
+)
+def test_the_date_in_a_template_is_always_the_same(format, day, tmp_path):
+    template = f"\n  {{% if true %}}\n{{{{ strftime_now('{format}') }}}}{{% endif %}}{{{{ messages[0].content }}}}"
+    tokenizer = tiny_tokenizer.save("qwen", tmp_path / "model", template)
     samples = load(write(tmp_path / "c.jsonl", [CHATS["prompt"][0]]), tmp_path / "model")
-    assert samples.inputs[0].tolist() == tokenizer("26 Jul 2024weather?")["input_ids"]
+    assert samples.inputs[0].tolist() == tokenizer(f"\n{day}weather?")["input_ids"]
 
 
 def test_few_chats_are_divided_whole(model, tmp_path):
