@@ -1,0 +1,86 @@
+"""Tiny quantized checkpoints, and the dense model that the owner of the format makes of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FP8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def edit(directory: Path, change: Callable[[dict[str, Tensor]], None], **config: Any) -> None:
+    """Change the tensors of a checkpoint in place, and set keys of its config.json."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+def is_projection(name: str) -> bool:
+    return name.endswith(("proj.weight", "w1.weight", "w2.weight", "w3.weight"))
+
+
+def fp8_blocks(directory: Path, family: str = "llama", block: tuple[int, int] = (16, 8)) -> None:
+    """As DeepSeek-V3 is published: float8 codes, and a scale of each block."""
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in filter(is_projection, list(tensors)):
+            rows, columns = tensors[name].shape
+            blocks = tensors[name].float().reshape(rows // block[0], block[0], columns // block[1], block[1])
+            scale = blocks.abs().amax((1, 3), keepdim=True) / FP8_LARGEST
+            tensors[name] = (blocks / scale).reshape(rows, columns).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
+
+    tiny.save(family, directory, dtype=torch.bfloat16)
+    stated = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+    edit(directory, quantize, quantization_config=stated)
+
+
+def owner_of_fp8_blocks(directory: Path) -> hf.PreTrainedModel:
+    stated = json.loads((directory / "config.json").read_text())["quantization_config"]
+    asked = hf.FineGrainedFP8Config(weight_block_size=tuple(stated["weight_block_size"]), dequantize=True)
+    return hf.AutoModelForCausalLM.from_pretrained(directory, quantization_config=asked)
+
+
+def fp8_scales(directory: Path, per_row: bool = False) -> None:
+    """As modelopt and fbgemm write it: one scale per tensor or per row, and no word of it in config.json."""
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in filter(is_projection, list(tensors)):
+            largest = tensors[name].float().abs()
+            scale = (largest.amax(1, keepdim=True) if per_row else largest.max().reshape(1)) / FP8_LARGEST
+            tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale
+            tensors[name.removesuffix("weight") + "input_scale"] = torch.ones(1)
+
+    tiny.save("llama", directory, dtype=torch.bfloat16)
+    (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    edit(directory, quantize)
+
+
+def owner_of_fp8_scales(directory: Path) -> hf.PreTrainedModel:
+    """There is no loader for a CPU; the definition is one product."""
+    tensors = load_file(directory / "model.safetensors")
+    model = tiny.build("llama", dtype=torch.bfloat16)
+    plain = {name: value for name, value in tensors.items() if not name.endswith("scale")}
+    for name in filter(is_projection, plain):
+        plain[name] = (plain[name].float() * tensors[f"{name}_scale"]).bfloat16()
+    model.load_state_dict(plain)
+    return model
+
+
+def dense_checkpoint(owner: hf.PreTrainedModel, family: str, directory: Path) -> Path:
+    """A checkpoint with the values of the owner's model and no trace of a format."""
+    model = tiny.build(family, dtype=torch.bfloat16)
+    model.load_state_dict(owner.state_dict())
+    model.save_pretrained(directory)
+    return directory
