@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.compressed_tensors_source import find_compressed, is_weight_only
 from compressor.model.fp8_source import find_fp8
 from compressor.model.quantized_weight import Find, QuantizedWeight, quantization_of
 from compressor.storage.file_names import MANIFEST
@@ -41,6 +42,7 @@ FORMATS: dict[str, Format] = {  # by `quant_method` of quantization_config
     "fp8": FP8,
     "fbgemm_fp8": FP8,
     "modelopt": FP8,
+    "compressed-tensors": Format("compressed-tensors", find_compressed),
 }
 SUPPORTED = ", ".join(dict.fromkeys(entry.name for entry in FORMATS.values()))
 # Last parts of the names of tensors that only quantized activations, or a quantized cache, need.
@@ -65,7 +67,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """
     stated = checkpoint.config.get(CONFIG)
     method = _method(checkpoint, stated)
-    if method not in FORMATS or (checkpoint.directory / MANIFEST).is_file():
+    if method not in FORMATS or not _is_readable(checkpoint, method):
         return checkpoint
     weights = FORMATS[method].find(checkpoint.tensors, stated or {})
     if not weights:
@@ -124,6 +126,15 @@ def _method(checkpoint: Checkpoint, stated: Any) -> str | None:
         return "fp8"
     method = stated.get("quant_method") if isinstance(stated, Mapping) else None
     return method if isinstance(method, str) else None
+
+
+def _is_readable(checkpoint: Checkpoint, method: str) -> bool:
+    """Whether the dequantized weights are the whole model. Of artifacts of this package this is known for one format,
+    since their evaluation as a baseline uses the stock loader, which quantizes activations too.
+    """
+    if not (checkpoint.directory / MANIFEST).is_file():
+        return True
+    return method == "compressed-tensors" and is_weight_only(checkpoint.config[CONFIG])
 
 
 def _dense_dtype(config: Mapping[str, Any]) -> torch.dtype:

@@ -13,6 +13,7 @@ from compressor.errors import ModelError
 from compressor.storage.safetensors_file import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
+Dequantize = Callable[[Mapping[str, Tensor], torch.dtype], Tensor]  # of values by name in the format
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class QuantizedWeight:
     shape       of the dense tensor
     bits        of a code
     layout      which codes share a scale, such as `128 x 128 blocks`
-    dequantize  (values of the members by name in the format, dtype) -> the dense tensor in this dtype
+    dequantize  (values of the members by their names in the format, dtype) -> the dense tensor in this dtype
     """
 
     tensor: str
@@ -32,7 +33,7 @@ class QuantizedWeight:
     shape: tuple[int, ...]
     bits: int
     layout: str
-    dequantize: Callable[[Mapping[str, Tensor], torch.dtype], Tensor]
+    dequantize: Dequantize
 
 
 Find = Callable[[Tensors, Mapping[str, Any]], list[QuantizedWeight]]  # of the tensors and `quantization_config`

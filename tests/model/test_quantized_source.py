@@ -11,11 +11,11 @@ import tiny
 import torch
 from raising import raises
 
-from compressor.artifact.verify import verify
+from compressor.artifact.against_source import load_source
 from compressor.errors import ModelError
-from compressor.evaluation.eval_command import measure_model
+from compressor.evaluation.model_loading import load_model, load_parts
 from compressor.model.fp8_source import dequantize_blocks
-from compressor.model.quantized_source import FORMATS
+from compressor.model.quantized_source import FORMATS, open_source
 from compressor.model.structure import inspect_model, read_structure
 from compressor.model.weight_names import read_parameter
 from compressor.recipe.recipe import parse_recipe
@@ -64,6 +64,62 @@ SOURCES = {
         "8 bits (fp8, one scale per row)",
         BOTH,
     ),
+    "integers-in-groups": (
+        partial(quantized.compressed_tensors, kind="pack-quantized", num_bits=4, strategy="group", group_size=32),
+        quantized.owner_of_compressed_tensors,
+        "llama",
+        "4 bits (compressed-tensors, groups of 32)",
+        BOTH,
+    ),
+    "asymmetric-integers": (
+        partial(
+            quantized.compressed_tensors,
+            kind="pack-quantized",
+            num_bits=3,
+            strategy="group",
+            group_size=16,
+            symmetric=False,
+        ),
+        quantized.owner_of_compressed_tensors,
+        "llama",
+        "3 bits (compressed-tensors, groups of 16)",
+        BOTH,
+    ),
+    "experts-of-integers": (
+        partial(
+            quantized.compressed_tensors,
+            kind="pack-quantized",
+            family="mixtral",
+            num_bits=4,
+            strategy="group",
+            group_size=32,
+        ),
+        quantized.owner_of_compressed_tensors,
+        "mixtral",
+        "4 bits (compressed-tensors, groups of 32)",
+        GPTQ,
+    ),
+    "floats-in-rows": (
+        partial(quantized.compressed_tensors, kind="float-quantized", type="float", num_bits=8, strategy="channel"),
+        quantized.owner_of_compressed_tensors,
+        "llama",
+        "8 bits (compressed-tensors, one scale per row)",
+        BOTH,
+    ),
+    "floats-of-a-tensor": (
+        partial(quantized.compressed_tensors, kind="float-quantized", type="float", num_bits=8, strategy="tensor"),
+        quantized.owner_of_compressed_tensors,
+        "llama",
+        "8 bits (compressed-tensors, one scale per tensor)",
+        BOTH,
+    ),
+    "own-artifact": (
+        quantized.own_artifact,
+        quantized.owner_of_compressed_tensors,
+        "llama",
+        "8 bits (compressed-tensors, groups of 32)",
+        BOTH,
+    ),
 }
 
 
@@ -100,26 +156,22 @@ def test_a_run_gives_the_artifact_of_the_dense_model(source, tmp_path):
     assert warning["message"].startswith(f"source has {said}; the baseline is the dequantized model")
 
 
-def test_a_source_larger_than_memory_is_verified_from_disk(tmp_path):
-    """Its tied output head has no tensor of its own."""
+def test_every_loader_of_the_source_gives_the_dequantized_model(tmp_path):
+    """For a verification in memory and from disk, and for an evaluation. Its tied head has no tensor."""
     quantized.fp8_blocks(tmp_path / "source", family="qwen3")
-    compress(parse_recipe(BOTH.encode()), str(tmp_path / "source"), tmp_path / "out", measure=False)
-    found = verify(tmp_path / "out", None, sealed=True, deep=False, source=tmp_path / "source", source_limit=0)
-    assert found.problems == [] and found.source is not None and found.source.loaded_to == "disk"
-
-
-def test_the_baseline_of_an_evaluation_is_the_dequantized_model(tmp_path):
-    quantized.fp8_scales(tmp_path / "source", per_row=True)
-    owner = quantized.owner_of_fp8_scales(tmp_path / "source")
-    owner.save_pretrained(tmp_path / "dense")
-    options = {
-        "data": "random",
-        "metrics": "perplexity,kl",
-        "overrides": ["eval.data.samples=2", "eval.data.length=16"],
+    owner, tokens = quantized.owner_of_fp8_blocks(tmp_path / "source"), torch.arange(1, 9).unsqueeze(0)
+    checkpoint, scratch = open_source(tmp_path / "source"), tmp_path / "scratch"
+    scratch.mkdir()
+    load = partial(load_source, tmp_path / "source", checkpoint, torch.bfloat16, trust_remote_code=False)
+    models = {
+        "memory": load(offload=None),
+        "disk": load(offload=scratch),
+        "baseline": load_model(tmp_path / "source", False, is_baseline=True),
+        "parts": load_parts(tmp_path / "source", False, is_baseline=True).model,
     }
-    report = measure_model(str(tmp_path / "dense"), baseline=str(tmp_path / "source"), **options)
-    row = report["metrics"]["perplexity"]
-    assert row["before"] == row["after"]
+    with torch.no_grad():
+        meant = owner(tokens).logits
+        assert [name for name, model in models.items() if not torch.equal(model(tokens).logits, meant)] == []
 
 
 def test_blocks_may_be_cut_off_at_the_edges():

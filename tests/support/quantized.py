@@ -10,8 +10,14 @@ from typing import Any
 import tiny
 import torch
 import transformers as hf
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from compressor.recipe.recipe import parse_recipe
+from compressor.run import compress
 
 FP8_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -76,6 +82,41 @@ def owner_of_fp8_scales(directory: Path) -> hf.PreTrainedModel:
         plain[name] = (plain[name].float() * tensors[f"{name}_scale"]).bfloat16()
     model.load_state_dict(plain)
     return model
+
+
+def compressed_tensors(directory: Path, kind: str, family: str = "llama", **weights: Any) -> None:
+    """By the library itself: symmetric or asymmetric codes with the range of each group, row or tensor."""
+    args = QuantizationArgs(**{"type": "int", "symmetric": True, **weights})
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry(kind)
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in filter(is_projection, list(tensors)):
+            value = tensors.pop(name)
+            by_group = value.unflatten(1, (-1, args.group_size)) if args.group_size else value.unsqueeze(1)
+            by_group = value.reshape(1, -1) if args.strategy == "tensor" else by_group
+            scale, zero = calculate_qparams(by_group.amin(-1), by_group.amax(-1), args)
+            state = {"weight": value, "weight_scale": scale, "weight_zero_point": zero}
+            made = compressor.compress(state, scheme)
+            tensors |= {name.removesuffix("weight") + leaf: made[leaf].contiguous() for leaf in made}
+
+    tiny.save(family, directory, dtype=torch.bfloat16)
+    group = {"targets": ["Linear"], "weights": args.model_dump(mode="json"), "input_activations": None}
+    stated: dict[str, Any] = {"quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed"}
+    stated |= {"ignore": ["lm_head"], "config_groups": {"group_0": group}}
+    edit(directory, quantize, quantization_config=stated)
+
+
+def owner_of_compressed_tensors(directory: Path) -> hf.PreTrainedModel:
+    asked = hf.CompressedTensorsConfig(dequantize=True)
+    return hf.AutoModelForCausalLM.from_pretrained(directory, quantization_config=asked)
+
+
+def own_artifact(directory: Path) -> None:
+    """An artifact of this package whose weights stock transformers reads."""
+    tiny.save("llama", directory.with_name("original"), dtype=torch.bfloat16)
+    recipe = b"{version: 1, name: first, report: {html: false}, steps: [{pass: rtn, bits: 8, group_size: 32}]}"
+    compress(parse_recipe(recipe), str(directory.with_name("original")), directory, measure=False)
 
 
 def dense_checkpoint(owner: hf.PreTrainedModel, family: str, directory: Path) -> Path:
