@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from compressor.model.bitsandbytes_source import find_bitsandbytes
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.compressed_tensors_source import find_compressed, is_weight_only
 from compressor.model.fp8_source import find_fp8
+from compressor.model.mxfp4_source import find_mxfp4
+from compressor.model.packed_source import find_awq, find_gptq
 from compressor.model.quantized_weight import Find, QuantizedWeight, quantization_of
 from compressor.storage.file_names import MANIFEST
 from compressor.storage.safetensors_file import Entry, TensorInfo, read_bytes, write_file
@@ -43,6 +46,10 @@ FORMATS: dict[str, Format] = {  # by `quant_method` of quantization_config
     "fbgemm_fp8": FP8,
     "modelopt": FP8,
     "compressed-tensors": Format("compressed-tensors", find_compressed),
+    "mxfp4": Format("mxfp4", find_mxfp4),
+    "gptq": Format("gptq", find_gptq),
+    "awq": Format("awq", find_awq),
+    "bitsandbytes": Format("bitsandbytes", find_bitsandbytes),
 }
 SUPPORTED = ", ".join(dict.fromkeys(entry.name for entry in FORMATS.values()))
 # Last parts of the names of tensors that only quantized activations, or a quantized cache, need.

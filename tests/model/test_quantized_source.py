@@ -120,6 +120,30 @@ SOURCES = {
         "8 bits (compressed-tensors, groups of 32)",
         BOTH,
     ),
+    "mxfp4": (quantized.mxfp4, quantized.owner_of_mxfp4, "gpt_oss", "4 bits (mxfp4, groups of 32)", GPTQ),
+    "gptq": (quantized.gptq, quantized.owner_of_packed, "llama", "4 bits (gptq, groups of 32)", BOTH),
+    "gptq-3-bits-in-act-order": (
+        partial(quantized.gptq, bits=3, variant="gptq_v2", shuffled=True),
+        partial(quantized.owner_of_packed, bits=3, shuffled=True),
+        "llama",
+        "3 bits (gptq, groups of 32)",
+        BOTH,
+    ),
+    "awq": (quantized.awq, quantized.owner_of_packed, "llama", "4 bits (awq, groups of 32)", BOTH),
+    "int8-of-bitsandbytes": (
+        partial(quantized.bitsandbytes, load_in_8bit=True),
+        quantized.owner_of_bitsandbytes,
+        "llama",
+        "8 bits (bitsandbytes, one scale per row)",
+        BOTH,
+    ),
+    "nf4-of-bitsandbytes": (
+        partial(quantized.bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        quantized.owner_of_bitsandbytes,
+        "llama",
+        "4 bits (bitsandbytes, nf4 in blocks of 64)",
+        BOTH,
+    ),
 }
 
 

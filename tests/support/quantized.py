@@ -119,6 +119,108 @@ def own_artifact(directory: Path) -> None:
     compress(parse_recipe(recipe), str(directory.with_name("original")), directory, measure=False)
 
 
+def mxfp4(directory: Path) -> None:
+    """As gpt-oss is published: experts in E2M1, of any codes and scales."""
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, out = tensors.pop(name).shape
+            generator = torch.Generator().manual_seed(len(tensors))
+            shape = (experts, out, inputs // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+            tensors[f"{name}_scales"] = torch.randint(118, 122, shape, dtype=torch.uint8, generator=generator)
+
+    tiny.save("gpt_oss", directory, dtype=torch.bfloat16)
+    edit(directory, quantize, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+
+
+def owner_of_mxfp4(directory: Path) -> hf.PreTrainedModel:
+    return hf.AutoModelForCausalLM.from_pretrained(directory, quantization_config=hf.Mxfp4Config(dequantize=True))
+
+
+def gptq(directory: Path, bits: int = 4, variant: str = "gptq", shuffled: bool = False) -> None:
+    """The layout of GPTQ with any codes and zero points, packed one by one by `pack_bits`."""
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if is_projection(name) and fills_words(tensors[name], bits)]:
+            out, inputs = tensors.pop(name).shape
+            codes, zeros, scales, group = any_codes(name, inputs, out, bits, shuffled)
+            stored = (zeros - int(variant == "gptq")) % (1 << bits)
+            stem = name.removesuffix("weight")
+            tensors[f"{stem}qweight"] = pack_bits(codes.T, bits).T.contiguous()
+            tensors[f"{stem}qzeros"] = pack_bits(stored, bits)
+            tensors |= {f"{stem}scales": scales, f"{stem}g_idx": group.int()}
+
+    tiny.save("llama", directory, dtype=torch.bfloat16)
+    stated = {"quant_method": "gptq", "bits": bits, "group_size": 32, "checkpoint_format": variant}
+    edit(directory, quantize, quantization_config=stated)
+
+
+def awq(directory: Path) -> None:
+    """The layout of AWQ. Fields of a word, from the lowest: outputs 0, 2, 4, 6, 1, 3, 5 and 7."""
+
+    def pack(values: Tensor) -> Tensor:
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        return pack_bits(values.unflatten(1, (-1, 8))[..., order].flatten(1), 4)
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in filter(is_projection, list(tensors)):
+            out, inputs = tensors.pop(name).shape
+            codes, zeros, scales, _ = any_codes(name, inputs, out, 4, False)
+            stem = name.removesuffix("weight")
+            tensors |= {f"{stem}qweight": pack(codes), f"{stem}qzeros": pack(zeros), f"{stem}scales": scales}
+
+    tiny.save("llama", directory, dtype=torch.bfloat16)
+    stated = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+    edit(directory, quantize, quantization_config=stated)
+
+
+def owner_of_packed(directory: Path, bits: int = 4, shuffled: bool = False) -> hf.PreTrainedModel:
+    """From the codes themselves, since the owners' packages need a GPU."""
+    model = tiny.build("llama", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if is_projection(name) and fills_words(parameter, bits):
+            codes, zeros, scales, group = any_codes(name, parameter.shape[1], parameter.shape[0], bits, shuffled)
+            parameter.data = (scales[group].double() * (codes - zeros[group]).double()).T.contiguous().bfloat16()
+    return model
+
+
+def fills_words(weight: Tensor, bits: int) -> bool:
+    """Whether the zero points of its outputs fill int32 words, as the layout of GPTQ needs."""
+    return len(weight) * bits % 32 == 0
+
+
+def any_codes(name: str, inputs: int, out: int, bits: int, shuffled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes (in, out) and zero points (groups, out) int64, scales (groups, out) float16, group of each input (in,)."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    codes = torch.randint(0, 1 << bits, (inputs, out), generator=generator)
+    zeros = torch.randint(0, 1 << bits, (inputs // 32, out), generator=generator)
+    scales = (torch.rand(inputs // 32, out, generator=generator) / (16 << bits) + 1e-3).half()
+    order = torch.randperm(inputs, generator=generator) if shuffled else torch.arange(inputs)
+    return codes, zeros, scales, torch.arange(inputs)[order] // 32
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """Pack each row of codes into int32 words as one stream of bits, with Python's own integers."""
+    rows = []
+    for row in values.tolist():
+        stream = sum(code << (bits * place) for place, code in enumerate(row))
+        rows.append([(stream >> (32 * word)) & 0xFFFFFFFF for word in range(len(row) * bits // 32)])
+    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
+
+
+def bitsandbytes(directory: Path, **options: Any) -> None:
+    """By the library itself, while transformers loads a dense model."""
+    dense = tiny.save("llama", directory.with_name("original"), dtype=torch.bfloat16)
+    asked = hf.BitsAndBytesConfig(**options)
+    model = hf.AutoModelForCausalLM.from_pretrained(dense, quantization_config=asked, device_map="cpu")
+    model.save_pretrained(directory)
+
+
+def owner_of_bitsandbytes(directory: Path) -> hf.PreTrainedModel:
+    return hf.AutoModelForCausalLM.from_pretrained(directory, device_map="cpu").dequantize()
+
+
 def dense_checkpoint(owner: hf.PreTrainedModel, family: str, directory: Path) -> Path:
     """A checkpoint with the values of the owner's model and no trace of a format."""
     model = tiny.build(family, dtype=torch.bfloat16)
