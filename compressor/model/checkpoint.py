@@ -75,14 +75,19 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def weight_files(self) -> set[Path]:
+        files = {info.file for info in self.tensors.values()}
+        return files if self.quantized is None else files | self.quantized.files
+
+    @property
     def weight_file_bytes(self) -> int:
         """Size of the weight files, headers included."""
-        return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+        return sum(file.stat().st_size for file in self.weight_files)
 
     @cached_property
     def content_sha256(self) -> str:
         """Hash of config.json and of every weight file's hash. Reads the whole checkpoint once."""
-        files = sorted({info.file for info in self.tensors.values()} | {self.directory / "config.json"})
+        files = sorted(self.weight_files | {self.directory / "config.json"})
         lines = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)
         return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Quantization:
     layouts  which codes share a scale
     weights  number of quantized weights
     unread   tensors that only quantized activations need, such as `input_scale`; the dequantized model has none
+    files    all weight files, also those that have only scales
     """
 
     method: str
@@ -55,6 +57,7 @@ class Quantization:
     layouts: tuple[str, ...]
     weights: int
     unread: tuple[str, ...] = ()
+    files: frozenset[Path] = frozenset()
 
     def __str__(self) -> str:
         bits = " and ".join(map(str, self.bits))
@@ -66,10 +69,13 @@ class Quantization:
         return f"source has {self}; the baseline is the dequantized model"
 
 
-def quantization_of(method: str, weights: Iterable[QuantizedWeight], unread: tuple[str, ...]) -> Quantization:
-    weights = list(weights)
+def quantization_of(
+    method: str, weights: Sequence[QuantizedWeight], unread: tuple[str, ...], tensors: Tensors
+) -> Quantization:
+    """The record of the quantized weights of a checkpoint that has these tensors."""
     bits, layouts = sorted({weight.bits for weight in weights}), sorted({weight.layout for weight in weights})
-    return Quantization(method, tuple(bits), tuple(layouts), len(weights), unread)
+    files = frozenset(info.file for info in tensors.values())
+    return Quantization(method, tuple(bits), tuple(layouts), len(weights), unread, files)
 
 
 def require(tensors: Tensors, module: str, names: Iterable[str]) -> None:

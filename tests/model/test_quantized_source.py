@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -13,7 +14,10 @@ from raising import raises
 
 from compressor.artifact.against_source import load_source
 from compressor.errors import ModelError
+from compressor.evaluation import eval_command
+from compressor.evaluation.eval_command import measure_model
 from compressor.evaluation.model_loading import load_model, load_parts
+from compressor.model.checkpoint import open_checkpoint
 from compressor.model.fp8_source import dequantize_blocks
 from compressor.model.quantized_source import FORMATS, open_source
 from compressor.model.structure import inspect_model, read_structure
@@ -162,6 +166,9 @@ def test_dense_values_are_those_of_the_owner(source):
         found = read_parameter(name, structure.bindings, structure.read, structure.model)
         assert found.dtype == meant.dtype and torch.equal(found, meant), name
     assert structure.bindings.unused == ()
+    stored = open_checkpoint(directory)
+    assert structure.checkpoint.content_sha256 == stored.content_sha256
+    assert structure.checkpoint.weight_file_bytes == stored.weight_file_bytes
     assert str(structure.checkpoint.quantized) == said
     assert inspect_model(directory).quantized == f"source has {said}; the baseline is the dequantized model"
 
@@ -196,6 +203,20 @@ def test_every_loader_of_the_source_gives_the_dequantized_model(tmp_path):
     with torch.no_grad():
         meant = owner(tokens).logits
         assert [name for name, model in models.items() if not torch.equal(model(tokens).logits, meant)] == []
+
+
+def test_an_evaluation_says_that_its_baseline_is_dequantized(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_command, "started_early", nullcontext)  # no process is started
+    quantized.fp8_blocks(tmp_path / "source")
+    report = measure_model(
+        str(tmp_path / "source"),
+        baseline=str(tmp_path / "source"),
+        metrics="size",
+        data="random",
+        overrides=["eval.data.samples=2", "eval.data.length=16"],
+    )
+    [warning] = report["warnings"]
+    assert warning["code"] == "quantized-source" and warning["message"].startswith("source has 8 bits (fp8, ")
 
 
 def test_blocks_may_be_cut_off_at_the_edges():
