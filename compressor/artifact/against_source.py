@@ -12,6 +12,8 @@ the artifact (`source.changes` in the manifest):
   and nothing was quantized.
 
 If the source doesn't fit into memory, transformers loads it to disk, and it is run and compared part by part.
+
+Of a quantized source, transformers gets the dense tensors that `quantized_source` makes, and does everything else.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from compressor.errors import ArtifactError
 from compressor.layers import find_layer
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint
-from compressor.model.model_class import class_of
+from compressor.model.model_class import class_of, config_and_class
+from compressor.model.quantized_source import load_dequantized
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.streamed import StreamedModel, streamed_of
@@ -57,7 +60,7 @@ Print = tuple[str, str]  # dtype and shape of a tensor, SHA-256 of its bytes
 def load_source(
     directory: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool, offload: Path | None
 ) -> Any:
-    """The source by `from_pretrained`, in eval mode.
+    """The source by `from_pretrained`, in eval mode. A quantized one is read through `checkpoint`, dequantized.
 
     dtype    dtype of the artifact; transformers keeps some parameters in float32 regardless of it
     offload  an empty directory: parameters stay on disk until a module runs. None: all parameters are in memory
@@ -67,6 +70,9 @@ def load_source(
     options: dict[str, Any] = {"dtype": dtype, **OFFLINE, **plain_options(checkpoint.config)}
     if offload is not None:
         options |= {"device_map": {"": "disk"}, "offload_folder": str(offload)}
+    if checkpoint.quantized is not None:
+        config, _ = config_and_class(checkpoint, trust_remote_code)
+        return load_dequantized(cls, checkpoint, config, offload, **options).eval()
     return cls.from_pretrained(directory, **options).eval()
 
 

@@ -13,6 +13,7 @@ import psutil
 
 from compressor.artifact.manifest import read_manifest
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.quantized_source import dequantized
 from compressor.storage.file_names import MANIFEST
 
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
@@ -34,7 +35,7 @@ def dense_bytes(directory: Path) -> int:
     """Bytes of a model's weights in memory after stock transformers has loaded them, all dequantized."""
     checkpoint = open_checkpoint(directory)
     if not (directory / MANIFEST).is_file():
-        return checkpoint.nbytes
+        return dequantized(checkpoint).nbytes
     size = 0
     stored = set()
     for name, entry in read_manifest(directory)["weights"].items():

@@ -20,8 +20,9 @@ from compressor.artifact.manifest import Change, Manifest
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.model.block_runner import output_of, without_cache
-from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.checkpoint import Checkpoint
 from compressor.model.probe_model import use_eager_experts
+from compressor.model.quantized_source import open_source
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def compare_with_source(
     generates  the artifact's model can generate; if it can't, the source is tried, too
     """
     changes, _ = against_source.read_changes(artifact.manifest)
-    checkpoint = open_checkpoint(request.directory, trust_remote_code=request.trust_remote_code)
+    checkpoint = open_source(request.directory, trust_remote_code=request.trust_remote_code)
     if (reason := against_source.why_not_comparable(checkpoint)) is not None:
         found.not_compared = reason
         return SourceAnswer()

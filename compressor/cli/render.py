@@ -145,6 +145,8 @@ def show_structure(found: Overview, weights: bool) -> None:
         f"{found.architecture}, {found.dtype}, {found.block_count} blocks in {found.blocks}",
         highlight=False,
     )
+    if found.quantized is not None:
+        out.print(found.quantized, highlight=False)
     table = Table("part", "tensors", "bytes", "weight groups")
     for part in found.parts:
         groups = [

@@ -68,6 +68,7 @@ def make_plan(
         findings.warn("wide-probe", source.architecture, message)
     recipe = recipe.fit_lengths(limit_of(source.model))
     _warn_of_unused_code(source, findings)
+    _warn_of_quantized_source(source, findings)
     reshapes = follow_reshapes(recipe, source, (), findings)
     plan = _with_storing_steps(Plan, recipe, source, reshapes, findings, tries_loaders=prove)
     check_limits(plan.sizes, recipe.limits, output, findings)
@@ -175,6 +176,14 @@ def _warn_of_unused_code(source: Structure, findings: Findings) -> None:
             "used instead; the artifact doesn't hold the code"
         )
         findings.warn("code-not-used", ", ".join(files), message)
+
+
+def _warn_of_quantized_source(source: Structure, findings: Findings) -> None:
+    """Warn if the source is quantized: its own loss is not measured."""
+    quantized = source.checkpoint.quantized
+    if quantized is not None:
+        unread = f"; {len(quantized.unread)} scales of activations are not used" if quantized.unread else ""
+        findings.warn("quantized-source", source.checkpoint.directory.name, f"{quantized.notice}{unread}")
 
 
 def _check_facts(recipe: Recipe, findings: Findings) -> None:

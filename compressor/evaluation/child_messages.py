@@ -41,10 +41,11 @@ class QualityRequest(Request):
 
 
 class SpeedRequest(Request):
-    """A request for speed. kernels: load the model as `compressor.load` does"""
+    """A request for speed. is_baseline: as in `load_model`; kernels: load the model as `compressor.load` does"""
 
     kind: Literal["speed"]
     model: str
+    is_baseline: bool
     kernels: bool
 
 

@@ -18,7 +18,7 @@ from compressor.artifact.stock_formats import check_loader
 from compressor.data.samples import Samples
 from compressor.engine.request import check_summary
 from compressor.engine.run_samples import check_length, read_evaluation_data
-from compressor.errors import KernelError, ModelError, UsageError
+from compressor.errors import KernelError, ModelError, UsageError, WarningRow
 from compressor.evaluation.environment import environment
 from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.report import (
@@ -34,6 +34,7 @@ from compressor.evaluation.speed import SPEED_TOKENS
 from compressor.kernels.prepared.dispatch import FALLBACKS
 from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
 from compressor.model.model_class import class_of, config_of
+from compressor.model.quantized_source import open_source
 from compressor.model.reshaped_class import class_for
 from compressor.model.token_limit import Limit, token_limit
 from compressor.process.child import started_early
@@ -126,11 +127,23 @@ def _open_subjects(model: str, baseline: str | None, trust_remote_code: bool) ->
     """Open both models. raises ModelError; DependencyError for an artifact whose loader needs a missing package"""
     directory = resolve_model(model)
     after = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-    before = open_checkpoint(resolve_model(baseline), trust_remote_code=trust_remote_code) if baseline else None
+    before = _open_baseline(resolve_model(baseline), trust_remote_code) if baseline else None
     for place in (after.directory, before.directory if before else None):
         if place is not None and (place / MANIFEST).is_file():
             check_loader(read_manifest(place)["route"])
     return Subjects(model, directory, after, baseline, before)
+
+
+def _open_baseline(directory: Path, trust_remote_code: bool) -> Checkpoint:
+    """The baseline as it is measured: an artifact as it is, another quantized checkpoint dequantized."""
+    opened = open_checkpoint if (directory / MANIFEST).is_file() else open_source
+    return opened(directory, trust_remote_code=trust_remote_code)
+
+
+def _baseline_warnings(before: Checkpoint | None) -> list[WarningRow]:
+    if before is None or before.quantized is None:
+        return []
+    return [{"code": "quantized-source", "where": before.directory.name, "message": before.quantized.notice}]
 
 
 def _check_baseline(asked: Recipe, baseline: str | None) -> None:
@@ -164,7 +177,7 @@ def _evaluation_report(
         "metrics": found.metrics,
         "saturation": found.saturation,
         "gates": gates,
-        "warnings": unmeasured_warnings(found.metrics),
+        "warnings": [*_baseline_warnings(subjects.before), *unmeasured_warnings(found.metrics)],
         "run": run,
         "environment": environment(torch.device("cpu")),
     }

@@ -120,8 +120,16 @@ def _measure_quality(common: Request, before: Path | None, after: Path, metrics:
     )
 
 
-def _measure_speed(common: Request, model: Path, doing: str, *, kernels: bool = False) -> SpeedAnswer:
-    request: SpeedRequest = {**common, "kind": "speed", "model": str(model), "kernels": kernels}
+def _measure_speed(
+    common: Request, model: Path, doing: str, *, is_baseline: bool = False, kernels: bool = False
+) -> SpeedAnswer:
+    request: SpeedRequest = {
+        **common,
+        "kind": "speed",
+        "model": str(model),
+        "is_baseline": is_baseline,
+        "kernels": kernels,
+    }
     answer: SpeedAnswer = ask(HERE, request, doing)
     return answer
 
@@ -131,7 +139,7 @@ def _speed_rows(common: Request, before: Path | None, after: Path) -> dict[str, 
     sides = {side: path for side, path in (("before", before), ("after", after)) if path is not None}
     unfit = {side: reason for side, path in sides.items() if (reason := _does_not_fit(common, path, kernels=False))}
     found = {
-        side: _measure_speed(common, path, f"measures the speed {side}")["values"]
+        side: _measure_speed(common, path, f"measures the speed {side}", is_baseline=side == "before")["values"]
         for side, path in sides.items()
         if side not in unfit
     }

@@ -16,7 +16,9 @@ from compressor.evaluation import child_messages
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import open_checkpoint
 from compressor.model.empty_model import bound_model
+from compressor.model.load_dtypes import load_dtype
 from compressor.model.model_class import class_of, config_and_class
+from compressor.model.quantized_source import load_dequantized, open_source
 from compressor.model.streamed import DenseFiller, StreamedModel
 from compressor.model.structure import find_blocks
 from compressor.storage.file_names import MANIFEST
@@ -26,17 +28,26 @@ class NotInParts(Exception):
     """A model can't be run part by part. The message says why."""
 
 
-def load_model(directory: Path, trust_remote_code: bool) -> Any:
-    """Load a source checkpoint or an artifact through transformers, in its own dtype, in eval mode."""
+def load_model(directory: Path, trust_remote_code: bool, *, is_baseline: bool = False) -> Any:
+    """Load a checkpoint or an artifact through transformers, in its own dtype, in eval mode.
+
+    is_baseline  a quantized checkpoint is loaded dequantized, as the source of a run; else as transformers loads it
+    """
     if (directory / MANIFEST).is_file():
         return load_stock(directory, read_manifest(directory))[0]
-    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    opened = open_source if is_baseline else open_checkpoint
+    checkpoint = opened(directory, trust_remote_code=trust_remote_code)
     cls: Any = class_of(checkpoint, trust_remote_code)
     with stock_works(directory, ModelError):
+        if checkpoint.quantized is not None:
+            config, _ = config_and_class(checkpoint, trust_remote_code)
+            options: dict[str, Any] = {"dtype": load_dtype("source", config, checkpoint), **OFFLINE}
+            options |= plain_options(checkpoint.config)
+            return load_dequantized(cls, checkpoint, config, None, **options).eval()
         return cls.from_pretrained(directory, **OFFLINE, **plain_options(checkpoint.config)).eval()
 
 
-def load_parts(directory: Path, trust_remote_code: bool) -> StreamedModel:
+def load_parts(directory: Path, trust_remote_code: bool, *, is_baseline: bool = False) -> StreamedModel:
     """The same model, whose blocks are in memory only while they run.
 
     Weights in a format of compressed-tensors are dequantized by that library. In other formats our own layers compute.
@@ -44,7 +55,8 @@ def load_parts(directory: Path, trust_remote_code: bool) -> StreamedModel:
     """
     try:
         if not (directory / MANIFEST).is_file():
-            checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+            opened = open_source if is_baseline else open_checkpoint
+            checkpoint = opened(directory, trust_remote_code=trust_remote_code)
             config, cls = config_and_class(checkpoint, trust_remote_code)
             checkpoint, model, bindings, _ = bound_model(checkpoint, cls, config, cached=True)
             return StreamedModel(DenseFiller(checkpoint, model, bindings), find_blocks(model))

@@ -49,7 +49,7 @@ def measure_quality(request: QualityRequest) -> QualityAnswer:
 
 def _measure_whole(request: QualityRequest) -> QualityAnswer:
     source = Path(request["before"]) if request["before"] else None
-    before = None if source is None else load_model(source, request["trust_remote_code"])
+    before = None if source is None else load_model(source, request["trust_remote_code"], is_baseline=True)
     after = load_model(Path(request["after"]), request["trust_remote_code"])
     labels = _labels(request)
     samples = read_stored_samples(request)
@@ -77,7 +77,7 @@ def _measure_whole(request: QualityRequest) -> QualityAnswer:
 def _measure_parts(request: QualityRequest, limit: int) -> QualityAnswer:
     """raises NotInParts for a model that can't be run in parts"""
     source, directory = Path(request["before"]) if request["before"] else None, Path(request["after"])
-    before = None if source is None else load_parts(source, request["trust_remote_code"])
+    before = None if source is None else load_parts(source, request["trust_remote_code"], is_baseline=True)
     after = load_parts(directory, request["trust_remote_code"])
     samples, labels = read_stored_samples(request), _labels(request)
     counted = RangeCounts()

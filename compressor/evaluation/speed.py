@@ -35,7 +35,9 @@ def measure_speed(request: SpeedRequest) -> SpeedAnswer:
     began, directory = time.perf_counter(), Path(request["model"])
     with_kernels = request["kernels"]
     model: Any = (
-        load(directory, check_hashes=False) if with_kernels else load_model(directory, request["trust_remote_code"])
+        load(directory, check_hashes=False)
+        if with_kernels
+        else load_model(directory, request["trust_remote_code"], is_baseline=request["is_baseline"])
     )
     result: dict[str, float | None] = {"load_seconds": time.perf_counter() - began}
     samples = read_stored_samples(request)

@@ -22,6 +22,7 @@ from torch import Tensor
 from compressor.errors import ModelError
 from compressor.model.model_card import Licence, read_licence
 from compressor.model.model_files import check_directory, regular_file
+from compressor.model.quantized_weight import Quantization
 from compressor.model.side_files import SideFiles, find_side_files
 from compressor.process.utf8 import halves, parse_json, printable
 from compressor.storage.files import file_sha256
@@ -40,6 +41,7 @@ class Checkpoint:
     tensors    checkpoint name -> its place in the files
     metadata   the metadata in the index of a sharded checkpoint
     unread     a sentence for each other set of weights in the directory, which transformers doesn't read either
+    quantized  how the files store the weights that `tensors` and `read` give dequantized (`quantized_source`)
     """
 
     directory: Path
@@ -47,9 +49,10 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    quantized: Quantization | None = None
 
     def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype; a private copy."""
+        """One tensor in its stored dtype, or dequantized; a private copy."""
         return read_bytes(self.tensors[name])
 
     @property
@@ -72,14 +75,19 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def weight_files(self) -> set[Path]:
+        files = {info.file for info in self.tensors.values()}
+        return files if self.quantized is None else files | self.quantized.files
+
+    @property
     def weight_file_bytes(self) -> int:
         """Size of the weight files, headers included."""
-        return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+        return sum(file.stat().st_size for file in self.weight_files)
 
     @cached_property
     def content_sha256(self) -> str:
         """Hash of config.json and of every weight file's hash. Reads the whole checkpoint once."""
-        files = sorted({info.file for info in self.tensors.values()} | {self.directory / "config.json"})
+        files = sorted(self.weight_files | {self.directory / "config.json"})
         lines = "\n".join(f"{file.name} {file_sha256(file)}" for file in files)
         return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -49,7 +49,7 @@ def parse_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
         )
 
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             checkpoint.directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # any: it depends on the class and the value
@@ -58,6 +58,9 @@ def parse_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedC
         cls = CONFIG_MAPPING[kind]
         read = lambda values: _from_json(cls, values)  # noqa: E731
         raise refusal(error, checkpoint, cls.__name__, "it can't be made", cls, read) from error
+    if checkpoint.quantized is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def guarded(

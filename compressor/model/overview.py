@@ -37,8 +37,9 @@ class UnusedView:
 class Overview:
     """A whole model.
 
-    blocks  path of the list of blocks
-    tied    parameter -> the one whose storage it shares
+    blocks     path of the list of blocks
+    tied       parameter -> the one whose storage it shares
+    quantized  a sentence if the files store weights quantized, which are shown as they are dequantized
     """
 
     architecture: str
@@ -48,6 +49,7 @@ class Overview:
     tied: dict[str, str]
     unused: tuple[UnusedView, ...]
     parts: tuple[PartOverview, ...]
+    quantized: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A key for each field, down to the weights; `units` for the parts."""

@@ -1,4 +1,7 @@
-"""Refuses a checkpoint that is already quantized, as config.json, file names and headers show."""
+"""Refuses a checkpoint that is quantized in a way that can't be read, as config.json, file names and headers show.
+
+`quantized_source` reads the other ones. What it gives has nothing left that is refused here.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from typing import Any
 
 from compressor.errors import ModelError
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.quantized_source import SUPPORTED
+from compressor.storage.file_names import QUANTIZATION_FILES
 from compressor.storage.safetensors_file import TensorInfo
 
-HINT = "Start from the original 16-bit or 32-bit checkpoint."
+HINT = f"Start from the original 16-bit or 32-bit checkpoint, or from one that is quantized as {SUPPORTED}."
 CONFIG_KEYS = ("quantization_config", "compression_config")
-# files that exporters write beside config.json: modelopt, AutoGPTQ and GPTQModel, AutoAWQ, quanto, torchao
-CONFIG_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 # last parts of tensor names that mark a quantized matrix of the module in the rest of the name
 LEAVES = (
     *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
@@ -23,7 +26,9 @@ FLOATING = ("F64", "F32", "F16", "BF16")  # dtypes from which a floating paramet
 
 
 def refuse_stated(checkpoint: Checkpoint) -> None:
-    """raises ModelError if config.json, or a file beside it, declares that the model is quantized"""
+    """raises ModelError if config.json, or a file beside it, declares that the model is quantized, and it is not
+    dequantized
+    """
     sections = {"": checkpoint.config} | {
         f"{key}.": value for key, value in checkpoint.config.items() if isinstance(value, dict)
     }
@@ -33,8 +38,8 @@ def refuse_stated(checkpoint: Checkpoint) -> None:
             if stated is not None and prefix.rstrip(".") not in CONFIG_KEYS:
                 told = {"reason": "config-key", "key": f"{prefix}{key}"}
                 raise _refusal(f"config.json has {prefix}{key}", _method(stated), checkpoint, told)
-    for name in CONFIG_FILES:
-        if (checkpoint.directory / name).is_file():
+    for name in QUANTIZATION_FILES:
+        if checkpoint.quantized is None and (checkpoint.directory / name).is_file():
             told = {"reason": "config-file", "file": name}
             raise _refusal(f"{name} is in its directory", None, checkpoint, told)
 

@@ -27,6 +27,7 @@ from compressor.process.utf8 import is_utf8, parse_json, printable
 from compressor.storage.file_names import (
     CARD,
     MANIFEST,
+    QUANTIZATION_FILES,
     RECIPE,
     REPORT_FILES,
     is_plain,
@@ -43,6 +44,7 @@ ADAPTER = "settings of an adapter, whose weights aren't compressed"
 OWN = "the artifact has its own file of this name"
 MODEL_CODE = "code of a model class; the artifact uses that of transformers, and its config.json names no other"
 GENERATE = "code that takes the place of the model's generate()"
+QUANTIZATION = "says how the weights of the source are quantized; config.json says it for the artifact"
 CACHE = "compiled Python"
 NOT_UTF8 = "the name contains bytes that are not UTF-8"
 ODD_NAME = "control characters or a backslash in the name, which not every system can write"
@@ -122,6 +124,8 @@ def _why_not(path: Path, modules: set[str], folders: set[str], unused: set[str])
         return GENERATE
     if name in (MANIFEST, CARD, RECIPE, "config.json", *REPORT_FILES) or OWN_MODELING.fullmatch(name):
         return OWN
+    if name in QUANTIZATION_FILES:
+        return QUANTIZATION
     if path.name.startswith("adapter_"):
         return ADAPTER
     if "__pycache__" in path.parts or path.suffix == ".pyc":

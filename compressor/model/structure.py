@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.errors import Because, ModelError
 from compressor.model.block_runner import Pieces
-from compressor.model.checkpoint import Checkpoint, check_finite, open_checkpoint
+from compressor.model.checkpoint import Checkpoint, check_finite
 from compressor.model.config_values import check_values
 from compressor.model.empty_model import bound_model
 from compressor.model.fused_experts import Slice, expert_slices, only_turns
@@ -29,6 +29,7 @@ from compressor.model.narrow_probe import Probes, narrow_config, width_of
 from compressor.model.overview import Overview, PartOverview, UnusedView, WeightView
 from compressor.model.prequantized import refuse_stated
 from compressor.model.probe_model import Kind, shallow_config, signature
+from compressor.model.quantized_source import open_source
 from compressor.model.tracing import Product, Traced, run_whole, trace
 from compressor.model.weight_names import Bindings, Source
 from compressor.model.weights import Group, Stage, Weight
@@ -232,6 +233,7 @@ class Structure:
             dtype=str(self.dtype).removeprefix("torch."),
             blocks=self.pieces.blocks_path,
             block_count=self.block_count,
+            quantized=None if self.checkpoint.quantized is None else self.checkpoint.quantized.notice,
             tied=dict(self.bindings.tied),
             unused=tuple(
                 UnusedView(unused.tensor, unused.reason, self.checkpoint.tensors[unused.tensor].nbytes)
@@ -252,11 +254,12 @@ class Structure:
 
 
 def read_structure(directory: Path, *, dtype: str = "source", trust_remote_code: bool = False) -> Structure:
-    """Open a checkpoint and find its structure. Afterwards only headers and the probe model are in memory.
+    """Open a checkpoint and find its structure. Afterwards only headers and the probe model are in memory. The weights
+    of a quantized checkpoint are dense here (`quantized_source`).
 
     raises  ModelError for a checkpoint that can't be read, an unknown architecture, or a model that can't be divided
     """
-    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    checkpoint = open_source(directory, trust_remote_code=trust_remote_code)
     if checkpoint.is_compressed_artifact:
         raise ModelError(
             "the model is an artifact of compress-model",

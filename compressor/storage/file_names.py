@@ -10,6 +10,9 @@ MANIFEST = "compress_manifest.json"
 REPORT_FILES = ("report.json", "report.md", "report.html", "junit.xml")
 CARD = "README.md"
 RECIPE = "recipe.yaml"
+# Files beside config.json that say how weights are quantized: of modelopt, AutoGPTQ and GPTQModel, AutoAWQ, quanto and
+# torchao.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"),  # torch, and pickles of any kind
     *(".h5", ".hdf5", ".keras", ".msgpack", ".ot", ".tflite", ".pb", ".pdparams"),  # TensorFlow, Flax, Rust, Paddle

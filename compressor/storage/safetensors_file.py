@@ -58,7 +58,9 @@ RANK = {name: number for number, name in enumerate([*SMALL_BITS, *DTYPES])}
 class TensorInfo:
     """The place of a tensor: `offset` is absolute in `file`, sizes are in bytes.
 
-    small  the name of a dtype in SMALL_BITS; `dtype` is then uint8, that of the bytes
+    small   the name of a dtype in SMALL_BITS; `dtype` is then uint8, that of the bytes
+    decode  reads a tensor that is stored quantized, and dequantizes it; `dtype`, `shape` and `nbytes` are then those
+            of the result. None: the bytes are the tensor
     """
 
     file: Path
@@ -67,6 +69,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     small: str | None = None
+    decode: Callable[[], Tensor] | None = None
 
     @property
     def stored_as(self) -> str:
@@ -174,7 +177,12 @@ def header_bytes(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
 
 
 def read_bytes(info: TensorInfo) -> Tensor:
-    """Read one tensor with one seek. No file stays mapped. For a dtype in SMALL_BITS: its bytes (nbytes,)."""
+    """Read one tensor with one seek. No file stays mapped. For a dtype in SMALL_BITS: its bytes (nbytes,).
+
+    A tensor that is stored quantized is dequantized.
+    """
+    if info.decode is not None:
+        return info.decode()
     buffer = bytearray(info.nbytes)
     with info.file.open("rb") as file:
         file.seek(info.offset)
@@ -190,6 +198,8 @@ def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
     """Whether two tensors of the same dtype and shape are equal bit for bit. They are read piece by piece."""
     if (first.stored_as, first.shape) != (second.stored_as, second.shape):
         return False
+    if first.decode is not None or second.decode is not None:
+        return torch.equal(*(read_bytes(info).reshape(-1).view(torch.uint8) for info in (first, second)))
     with first.file.open("rb") as one, second.file.open("rb") as other:
         one.seek(first.offset)
         other.seek(second.offset)

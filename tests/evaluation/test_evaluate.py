@@ -176,7 +176,7 @@ def test_speed_of_a_model_that_does_not_fit_is_reported_as_not_measured(two, mon
 
 
 def test_speed_reports_rates_and_memory(two, tokens, tmp_path):
-    request = {**ask(tmp_path, None, two[0], tokens, []), "model": str(two[0]), "kernels": False}
+    request = {**ask(tmp_path, None, two[0], tokens, []), "model": str(two[0]), "is_baseline": False, "kernels": False}
     found = measure_speed(request)["values"]
     assert all(found[name] > 0 for name in found) and found["peak_rss_bytes"] > 1e8
 

@@ -1,0 +1,94 @@
+"""Records of the weights that a checkpoint stores quantized, the same for all formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import ModelError
+from compressor.storage.safetensors_file import TensorInfo
+
+Tensors = Mapping[str, TensorInfo]
+Dequantize = Callable[[Mapping[str, Tensor], torch.dtype], Tensor]  # of values by name in the format
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight that is stored as several tensors.
+
+    tensor      name that the dense tensor has in a checkpoint that isn't quantized
+    members     name in the format, such as `weight_scale` -> the tensor in the checkpoint; the first has the codes
+    shape       of the dense tensor
+    bits        of a code
+    layout      which codes share a scale, such as `128 x 128 blocks`
+    dequantize  (values of the members by their names in the format, dtype) -> the dense tensor in this dtype
+    """
+
+    tensor: str
+    members: dict[str, str]
+    shape: tuple[int, ...]
+    bits: int
+    layout: str
+    dequantize: Dequantize
+
+
+Find = Callable[[Tensors, Mapping[str, Any]], list[QuantizedWeight]]  # of the tensors and `quantization_config`
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of a checkpoint are quantized.
+
+    method   name of the format
+    bits     of the codes, ascending
+    layouts  which codes share a scale
+    weights  number of quantized weights
+    unread   tensors that only quantized activations need, such as `input_scale`; the dequantized model has none
+    files    all weight files, also those that have only scales
+    """
+
+    method: str
+    bits: tuple[int, ...]
+    layouts: tuple[str, ...]
+    weights: int
+    unread: tuple[str, ...] = ()
+    files: frozenset[Path] = frozenset()
+
+    def __str__(self) -> str:
+        bits = " and ".join(map(str, self.bits))
+        return f"{bits} bits ({', '.join((self.method, *self.layouts))})"
+
+    @property
+    def notice(self) -> str:
+        """The sentence of the warning in plan and report, and of `inspect`."""
+        return f"source has {self}; the baseline is the dequantized model"
+
+
+def quantization_of(
+    method: str, weights: Sequence[QuantizedWeight], unread: tuple[str, ...], tensors: Tensors
+) -> Quantization:
+    """The record of the quantized weights of a checkpoint that has these tensors."""
+    bits, layouts = sorted({weight.bits for weight in weights}), sorted({weight.layout for weight in weights})
+    files = frozenset(info.file for info in tensors.values())
+    return Quantization(method, tuple(bits), tuple(layouts), len(weights), unread, files)
+
+
+def require(tensors: Tensors, module: str, names: Iterable[str]) -> None:
+    """raises ModelError if a quantized module lacks one of these tensors"""
+    if lacking := [name for name in names if f"{module}.{name}" not in tensors]:
+        raise unsound(module, f"its weight is quantized, and {', '.join(lacking)} is missing")
+
+
+def unsound(where: str, what: str) -> ModelError:
+    """The error of quantized tensors that don't fit together."""
+    return ModelError(
+        what,
+        where=where,
+        hint="Download config.json and the weights again from one revision: hf download NAME.",
+        data={"reason": "quantized-tensors"},
+    )
