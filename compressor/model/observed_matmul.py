@@ -50,8 +50,8 @@ class ObservedMatmuls(TorchFunctionMode):
             self._report(args[1], args[2], True)
         elif func in _MATMUL:
             self._report(args[0], args[1], True)
-        if func in _BATCHED:
-            self._report_batched(*(args[:2] if len(args) > 1 else (args[0], kwargs["mat2"])))
+        if func in _BATCHED and len(args) > 1:
+            self._report_batched(args[0], args[1])
         return func(*args, **kwargs)
 
     def _report(self, x: Tensor, weight: Any, right_multiplied: bool) -> None:
