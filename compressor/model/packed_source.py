@@ -39,7 +39,6 @@ def find_gptq(tensors: Tensors, stated: Mapping[str, Any]) -> list[QuantizedWeig
         return []
     found = []
     for module in _modules(tensors):
-        require(tensors, module, ("qzeros", "scales"))
         words, zeros, scales = (tensors[f"{module}.{name}"].shape for name in ("qweight", "qzeros", "scales"))
         if not len(words) == len(zeros) == len(scales) == 2 or not all((*words, *zeros, *scales)):
             raise unsound(module, f"qweight {words}, qzeros {zeros} and scales {scales} need two dimensions")
@@ -65,7 +64,6 @@ def find_awq(tensors: Tensors, stated: Mapping[str, Any]) -> list[QuantizedWeigh
         return []
     found = []
     for module in _modules(tensors):
-        require(tensors, module, ("qzeros", "scales"))
         words, zeros, scales = (tensors[f"{module}.{name}"].shape for name in ("qweight", "qzeros", "scales"))
         per_word = len(AWQ_ORDER)
         if (
@@ -140,7 +138,14 @@ def _groups(inputs: int, groups: int) -> Tensor:
 
 
 def _modules(tensors: Tensors) -> list[str]:
-    return [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    """The modules with packed codes. raises ModelError for words of another size than 32 bits"""
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    for module in modules:
+        require(tensors, module, ("qzeros", "scales"))
+        for name in (f"{module}.qweight", f"{module}.qzeros"):
+            if tensors[name].stored_as != "I32":
+                raise unsound(name, f"has words of {tensors[name].stored_as}, I32 is needed")
+    return modules
 
 
 def _weight(

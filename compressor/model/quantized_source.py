@@ -26,7 +26,8 @@ from compressor.model.compressed_tensors_source import find_compressed, is_weigh
 from compressor.model.fp8_source import find_fp8
 from compressor.model.mxfp4_source import find_mxfp4
 from compressor.model.packed_source import find_awq, find_gptq
-from compressor.model.quantized_weight import Find, QuantizedWeight, quantization_of
+from compressor.model.quantized_weight import Find, QuantizedWeight, quantization_of, unsound
+from compressor.process.resources import ran_out
 from compressor.storage.file_names import MANIFEST
 from compressor.storage.safetensors_file import Entry, TensorInfo, read_bytes, write_file
 
@@ -163,6 +164,12 @@ def _dense_info(weight: QuantizedWeight, members: dict[str, TensorInfo], dtype: 
 
 
 def _decode(weight: QuantizedWeight, members: Mapping[str, TensorInfo], dtype: torch.dtype) -> Tensor:
-    value = weight.dequantize({name: read_bytes(info) for name, info in members.items()}, dtype)
+    values = {name: read_bytes(info) for name, info in members.items()}
+    try:
+        value = weight.dequantize(values, dtype)
+    except Exception as error:  # any: it depends on the library and the values
+        if (lack := ran_out(error)) is not None:
+            raise lack from error
+        raise unsound(weight.tensor, f"can't be dequantized ({type(error).__name__}: {error})") from error
     assert value.dtype == dtype and tuple(value.shape) == weight.shape, weight.tensor
     return value

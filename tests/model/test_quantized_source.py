@@ -250,6 +250,14 @@ def test_scales_that_are_missing_or_do_not_fit_are_refused(damage, data, tmp_pat
         read_structure(tmp_path)
 
 
+def test_values_that_can_not_be_dequantized_name_the_weight(tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    quantized.gptq(tmp_path)
+    quantized.edit(tmp_path, lambda tensors: tensors[f"{name}.g_idx"].add_(100))  # there are fewer groups
+    with raises(ModelError, where=f"{name}.weight", reason="quantized-tensors"):
+        open_source(tmp_path).read(f"{name}.weight")
+
+
 def test_a_format_that_is_not_read_is_refused_with_those_that_are(tmp_path):
     tiny.save("llama", tmp_path)
     quantized.edit(tmp_path, lambda tensors: None, quantization_config={"quant_method": "hqq"})
