@@ -10,9 +10,9 @@ import copy
 from dataclasses import dataclass
 from typing import Literal
 
-from compressor.layers.structural.resized import EPS_ATTRIBUTES
 from compressor.lazy import torch
 
+EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 SEED = 0
 
 
@@ -115,7 +115,7 @@ def _width(module: torch.nn.Module) -> int | None:
 
 def _eps(module: torch.nn.Module) -> float | None:
     """The module's attribute for eps; None also if the dtype decides it (nn.RMSNorm)."""
-    for name in EPS_ATTRIBUTES:
+    for name in EPS_NAMES:
         value = getattr(module, name, None)
         if isinstance(value, (int, float)):
             return float(value)

@@ -74,10 +74,10 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     raises   ModelError for quantized tensors that don't fit together
     """
     stated = checkpoint.config.get(CONFIG)
-    method = _method(checkpoint, stated)
+    method = _method(stated)
     if method not in FORMATS or not _is_readable(checkpoint, method):
         return checkpoint
-    weights = FORMATS[method].find(checkpoint.tensors, stated or {})
+    weights = FORMATS[method].find(checkpoint.tensors, stated)
     if not weights:
         return checkpoint
     dtype = _dense_dtype(checkpoint.config)
@@ -128,10 +128,8 @@ class _Lazy:
         return read_bytes(self.info)
 
 
-def _method(checkpoint: Checkpoint, stated: Any) -> str | None:
-    """The `quant_method`; fp8 if nothing is stated, since float8 tensors with scales show it."""
-    if stated is None:
-        return "fp8"
+def _method(stated: Any) -> str | None:
+    """The `quant_method`. Without one, codes are refused: nothing tells what their scales mean."""
     method = stated.get("quant_method") if isinstance(stated, Mapping) else None
     return method if isinstance(method, str) else None
 

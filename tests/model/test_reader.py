@@ -323,9 +323,8 @@ def as_codes(tensors, dtype, leaf):
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "float8_e5m2", "int32", "int64", "bool"])
 def test_codes_where_weights_belong_are_refused_from_headers(dtype, tmp_path):
-    """Codes of float8 are read if they have scales (test_quantized_source), which these have under an unknown name."""
     tiny.save("llama", tmp_path, dtype=torch.bfloat16)
-    edit_tensors(tmp_path, lambda tensors: as_codes(tensors, getattr(torch, dtype), "weight_amax"))
+    edit_tensors(tmp_path, lambda tensors: as_codes(tensors, getattr(torch, dtype), "weight_scale"))
     with raises(ModelError, where=tmp_path.name, reason="codes", tensors=14) as refusal:
         make_plan(parse_recipe(RTN.encode()), str(tmp_path))
     assert refusal.value.exit_code == 5

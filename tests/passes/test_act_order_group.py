@@ -146,7 +146,7 @@ def test_an_interrupted_and_resumed_run_makes_an_artifact_that_loads_without_thi
     ("family", "step", "export", "where", "reason"),
     [
         ("llama", {}, {"stock_only": True}, "export", "no-stock-loader"),
-        ("mixtral", {"only": ["@experts"]}, {}, "model.layers.1.block_sparse_moe.experts.3.w2", "no-custom-experts"),
+        ("mixtral", {"only": ["@experts"]}, {}, "model.layers.0.block_sparse_moe.experts.0.w1", "no-custom-experts"),
     ],
 )
 def test_plan_refuses_what_cannot_hold_the_index_and_says_why(family, step, export, where, reason, tmp_path):

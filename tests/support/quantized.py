@@ -58,7 +58,7 @@ def owner_of_fp8_blocks(directory: Path) -> hf.PreTrainedModel:
 
 
 def fp8_scales(directory: Path, per_row: bool = False) -> None:
-    """As modelopt and fbgemm write it: one scale per tensor or per row, and no word of it in config.json."""
+    """As modelopt and fbgemm write it: one scale per tensor or per row."""
 
     def quantize(tensors: dict[str, Tensor]) -> None:
         for name in filter(is_projection, list(tensors)):
@@ -69,8 +69,7 @@ def fp8_scales(directory: Path, per_row: bool = False) -> None:
             tensors[name.removesuffix("weight") + "input_scale"] = torch.ones(1)
 
     tiny.save("llama", directory, dtype=torch.bfloat16)
-    (directory / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    edit(directory, quantize)
+    edit(directory, quantize, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
 
 
 def owner_of_fp8_scales(directory: Path) -> hf.PreTrainedModel:
