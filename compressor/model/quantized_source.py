@@ -75,7 +75,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     """
     stated = checkpoint.config.get(CONFIG)
     method = _method(stated)
-    if method not in FORMATS or not _is_readable(checkpoint, method):
+    if stated is None or method not in FORMATS or not _is_readable(checkpoint, method):
         return checkpoint
     weights = FORMATS[method].find(checkpoint.tensors, stated)
     if not weights:

@@ -11,6 +11,8 @@ Figures of families that are not named stay in --output, so a few families can b
 
 from __future__ import annotations
 
+import compressor  # noqa: F401 isort: skip (before torch, whose threads then sleep while they wait)
+
 import argparse
 import importlib
 import json
