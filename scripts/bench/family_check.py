@@ -190,7 +190,11 @@ def unpacked(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
 def relative_error(value: Tensor, entry: dict[str, Any], source: dict[str, Tensor]) -> float:
     """Frobenius norm of the difference from the source's weight, divided by that of the weight."""
     meant = source[entry["tensor"]].float()
+    if meant.dim() == 3:  # of all experts
+        meant = meant[entry["expert"]]
     meant = meant.t() if entry["transposed"] else meant
+    if meant.shape != value.shape:  # several weights of one expert
+        meant = meant[entry["rows"][0] : entry["rows"][1]]
     return float((value.float() - meant).norm() / meant.norm())
 
 
@@ -228,20 +232,24 @@ def loaded_differences(source: Path, artifact: Path, manifest: dict[str, Any], v
     elif not all(torch.equal(outputs[0], output) for output in outputs[1:]):
         distance = (outputs[1].float() - outputs[0].float()).norm() / outputs[0].float().norm()
         differs.append(f"outputs have a relative distance of {float(distance):.3g} from the meant ones")
-    return differs + held_differences(meant, found)
+    return differs + held_differences(meant, found, {entry["parameter"] for entry in manifest["weights"].values()})
 
 
 def put(model: Any, entry: dict[str, Any], value: Tensor) -> None:
     place = model.get_parameter(entry["parameter"]).data
     if entry["expert"] is not None:
         place = place[entry["expert"]]
+    place = place.t() if entry["transposed"] else place
     if entry["rows"] is not None:
         place = place[entry["rows"][0] : entry["rows"][1]]
-    place.copy_(value.t() if entry["transposed"] else value)
+    place.copy_(value)
 
 
-def held_differences(meant: Any, found: Any) -> list[str]:
-    """Parameters and buffers of `meant` that `found` holds otherwise. Packed modules are left to their outputs."""
+def held_differences(meant: Any, found: Any, stored: set[str]) -> list[str]:
+    """Parameters and buffers of `meant` that `found` holds otherwise. Packed modules are left to their outputs.
+
+    stored  the parameters that weights in a format are parts of
+    """
     tensors = {
         name: value
         for kind in (found.named_parameters, found.named_buffers)
@@ -250,7 +258,7 @@ def held_differences(meant: Any, found: Any) -> list[str]:
     differs = []
     for kind in (meant.named_parameters, meant.named_buffers):
         for name, value in kind(remove_duplicate=False):
-            is_packed = name not in tensors and f"{name}_packed" in tensors
+            is_packed = name not in tensors and (f"{name}_packed" in tensors or name in stored)
             if not is_packed and not (name in tensors and equal(value, tensors[name])):
                 differs.append(f"{name} is {described(tensors[name]) if name in tensors else 'missing'} once loaded")
     return differs
