@@ -151,19 +151,22 @@ def fill_part(
     returns   whether these had the same values before
     """
     same = True
-    for name in structure.parameters_of(part):
-        value = read_parameter(name, structure.bindings, source.read, structure.model)
-        value = value.to(device, structure.bindings.dtypes[name])
+    for name, value in _values(structure, part, source):
+        value = value.to(device)
         same = same and (name not in compared or torch.equal(structure.model.get_parameter(name), value))
         fill(name, value, structure.model)
-    for form in source.forms.values():
-        if form.weight.parameter in structure.bindings.tied:  # an untied output head has no tensor in the source
-            value = source.read(form.weight.tensor).to(device)
-            held = form.weight.parameter in compared
-            same = same and (not held or torch.equal(structure.model.get_parameter(form.weight.parameter), value))
-            fill(form.weight.parameter, value, structure.model)
     tie(structure)
     return same
+
+
+def _values(structure: Structure, part: int, source: PartSource) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of the parameters of a part, one after the other."""
+    for name in structure.parameters_of(part):
+        value = read_parameter(name, structure.bindings, source.read, structure.model)
+        yield name, value.to(structure.bindings.dtypes[name])
+    for form in source.forms.values():
+        if form.weight.parameter in structure.bindings.tied:  # an untied output head has no tensor in the source
+            yield form.weight.parameter, source.read(form.weight.tensor)
 
 
 def free_part(structure: Structure, part: int) -> None:

@@ -17,7 +17,7 @@ from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, lim
 from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.engine.calibration_batch import BATCH_TOKENS, RECORDED_SHARE
-from compressor.engine.part_work import chosen_groups, data_size, part_works, tokens_of
+from compressor.engine.part_work import chosen_groups, data_size, part_bytes, part_works, tokens_of
 from compressor.engine.plan_records import Findings, Formats, Reshape, Selected, Sizes
 from compressor.errors import PreflightError
 from compressor.layers import find_layer
@@ -143,7 +143,7 @@ def _sweep_memory(recipe: Recipe, structure: Structure, reshapes: Sequence[Resha
     """Interpreter, and the largest of these: embeddings and output head; a block twice with a batch and the working
     copies of a pass, beside the embeddings if these stay in memory; a part that a step rewrites.
     """
-    parts = _part_bytes(structure)
+    parts = part_bytes(structure)
     blocks = parts[1:-1]
     held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
     reads = {step.settings.traits.reads for step in recipe.steps}
@@ -185,7 +185,7 @@ def _rewriting_bytes(recipe: Recipe, reshape: Reshape) -> int:
     step, before = reshape.step, reshape.before
     if not isinstance(step.settings, RewritePass):
         return 0
-    data, parts = data_size(recipe, [step], before), _part_bytes(before)
+    data, parts = data_size(recipe, [step], before), part_bytes(before)
     held = sum(parts[1:-1]) if recipe.model.placement == "resident" else max(parts)
     working = step.settings.memory(reshape.facts, data, part_works(before))
     return parts[0] + held + working + _batch_bytes(before, min(BATCH_TOKENS, data.tokens))
@@ -196,19 +196,11 @@ def _child_memory_bytes(recipe: Recipe, structure: Structure) -> int:
 
     A model that fits is loaded whole, which needs more; `compressor.artifact.memory_needs` decides.
     """
-    parts = _part_bytes(structure)
+    parts = part_bytes(structure)
     head = parts[-1] + (parts[0] if structure.bindings.tied else 0)  # a tied output head is filled, too
     block = max(parts[1:-1]) + _largest_bytes(structure)
     batch = _batch_bytes(structure, recipe.eval.batch_size * recipe.eval.data.length)
     return INTERPRETER_BYTES + max(2 * head + CHUNK_BYTES, block + batch, parts[0] + block)
-
-
-def _part_bytes(structure: Structure) -> list[int]:
-    """Bytes of the tensors of each part."""
-    found = [0] * (structure.block_count + 2)
-    for tensor, part in structure.part_by_tensor.items():
-        found[part] += structure.checkpoint.tensors[tensor].nbytes
-    return found
 
 
 def _largest_bytes(structure: Structure) -> int:

@@ -18,15 +18,21 @@ PASSES_OVER_OUTPUTS = 4
 
 def part_works(structure: Structure) -> list[PartWork]:
     """The work of each part of a model."""
-    values, sizes = [0] * (structure.block_count + 2), [0] * (structure.block_count + 2)
+    values = [0] * (structure.block_count + 2)
     for tensor, part in structure.part_by_tensor.items():
-        info = structure.checkpoint.tensors[tensor]
-        values[part] += math.prod(info.shape)
-        sizes[part] += info.nbytes
+        values[part] += math.prod(structure.checkpoint.tensors[tensor].shape)
     return [
         PartWork(values[part], _outputs_of(structure, part), Work(stored=float(size)), _run_work(structure, part))
-        for part, size in enumerate(sizes)
+        for part, size in enumerate(part_bytes(structure))
     ]
+
+
+def part_bytes(structure: Structure) -> list[int]:
+    """Bytes of the tensors of each part."""
+    found = [0] * (structure.block_count + 2)
+    for tensor, part in structure.part_by_tensor.items():
+        found[part] += structure.checkpoint.tensors[tensor].nbytes
+    return found
 
 
 def _outputs_of(structure: Structure, part: int) -> int:
@@ -47,9 +53,9 @@ def _run_work(structure: Structure, part: int) -> Work:
     return Work(products=products, values=PASSES_OVER_OUTPUTS * outputs)
 
 
-def run_of(structure: Structure, tokens: int) -> Work:
-    """Of running so many tokens through a model."""
-    return sum((part.run for part in part_works(structure)), Work()) * tokens
+def run_of(parts: Sequence[PartWork], tokens: int) -> Work:
+    """Of running so many tokens through a model with these parts."""
+    return sum((part.run for part in parts), Work()) * tokens
 
 
 def tokens_of(group: Group, structure: Structure, tokens: int) -> int:

@@ -21,8 +21,9 @@ from compressor.engine.part_work import chosen_groups, data_size, part_works, ru
 from compressor.engine.plan_records import Plan
 from compressor.errors import PreflightError
 from compressor.layers import DENSE, find_layer
+from compressor.methods.divergence import divergence_work
 from compressor.model.structure import Structure
-from compressor.protocol import RewritePass, TokenPass, WeightPass, Work
+from compressor.protocol import PartWork, RewritePass, TokenPass, WeightPass, Work
 from compressor.recipe.recipe import Step
 
 PROBE_TOKENS = 64
@@ -42,12 +43,11 @@ ORDINARY = Work(
     seconds=1.0,
 )
 
-# Of a weight that is put in its format and read back: it is dequantized twice, and compared with its value in float64.
+# Of a weight that is put in its format and read back: it is dequantized twice, and compared with its value.
 PASSES_OF_STORING = 65
 # Of a weight that the reference layers dequantize, each time that it is used: codes are unpacked, converted and scaled.
 PASSES_OF_DEQUANTIZING = 18
 PASSES_OF_CHECKING = 6  # of a tensor: whether it is finite, and its distance from the source's
-PASSES_OVER_LOGITS = 12  # two log-softmax in float32, their divergence and their largest entries
 # The runs of `verify`: the stock loader twice, our own loader, the source as it is and with the artifact's layers.
 DENSE_RUNS, REFERENCE_RUNS = 3, 2
 SERVER_SECONDS = 3.0  # of the process that starts others: it imports torch and transformers beside the first sweep
@@ -77,22 +77,23 @@ class StageWork:
 
 def stage_works(plan: Plan, measure: bool) -> list[StageWork]:
     """The work of each stage in order. measure: the run evaluates the model before and after"""
-    works = [_sweep_work(plan, number, steps) for number, steps in enumerate(plan.recipe.sweeps)]
+    before, after = part_works(plan.source), part_works(plan.structure)
+    works = [_sweep_work(plan, number, steps, after) for number, steps in enumerate(plan.recipe.sweeps)]
     size = float(plan.weight_bytes)
     works.append(StageWork("write", (Work(stored=2 * size, hashed=size),)))
-    works.append(StageWork("verify", (_verify_work(plan),)))
+    works.append(StageWork("verify", (_verify_work(plan, before, after),)))
     if measure:
-        works.append(StageWork("evaluate", (_evaluate_work(plan),)))
+        works.append(StageWork("evaluate", (_evaluate_work(plan, before, after),)))
     return works
 
 
-def _sweep_work(plan: Plan, number: int, steps: Sequence[Step]) -> StageWork:
+def _sweep_work(plan: Plan, number: int, steps: Sequence[Step], after: Sequence[PartWork]) -> StageWork:
     """Of a sweep: its steps on each part, and the run of the calibration tokens through the part as it is stored."""
     match steps[0].settings:
         case RewritePass() | TokenPass():
             parts = _redefining_work(plan, steps[0])
         case _:
-            parts = _storing_work(plan, steps)
+            parts = _storing_work(plan, steps, after)
     if number == 0 and parts[0] is not None:
         parts[0] += Work(seconds=SERVER_SECONDS)
     return StageWork(f"sweep {number}", tuple(work or Work() for work in parts), None not in parts)
@@ -114,7 +115,7 @@ def _redefining_work(plan: Plan, step: Step) -> list[Work | None]:
     return [own + part.load * 2 for own, part in zip(found, parts, strict=True)]
 
 
-def _storing_work(plan: Plan, steps: Sequence[Step]) -> list[Work | None]:
+def _storing_work(plan: Plan, steps: Sequence[Step], after: Sequence[PartWork]) -> list[Work | None]:
     """Of steps that store weights. None for parts whose work isn't known."""
     structure = plan.structure
     sizes = [data_size(plan.recipe, [step], structure) for step in steps]
@@ -123,7 +124,7 @@ def _storing_work(plan: Plan, steps: Sequence[Step]) -> list[Work | None]:
     replacing = {name for name, form in plan.forms.items() if not find_layer(form.form).weight_only}
     deciding = sum(2 * size.tokens for step, size in zip(steps, sizes, strict=True) if step.settings.decides)
     parts: list[Work | None] = []
-    for number, part in enumerate(part_works(structure)):
+    for number, part in enumerate(after):
         work: Work | None = part.load * 2 + part.run * PROBE_TOKENS
         if number <= structure.block_count:
             runs = 2 if any(True for _ in chosen_groups(structure, number, replacing)) else 1
@@ -141,22 +142,22 @@ def _storing_work(plan: Plan, steps: Sequence[Step]) -> list[Work | None]:
     return parts
 
 
-def _verify_work(plan: Plan) -> Work:
+def _verify_work(plan: Plan, before: Sequence[PartWork], after: Sequence[PartWork]) -> Work:
     """Three models are loaded: the artifact twice, and the source, whose every tensor is compared with the artifact's.
 
     Our own loader runs with reference layers, which dequantize a stored weight each time that it is used.
     """
-    probe = run_of(plan.structure, PROBE_TOKENS)
+    probe = run_of(after, PROBE_TOKENS)
     stored = _stored_values(plan)
-    dense = float(sum(part.values for part in part_works(plan.structure)))
-    source = float(sum(part.values for part in part_works(plan.source)))
+    dense = float(sum(part.values for part in after))
+    source = float(sum(part.values for part in before))
     itemsize = plan.structure.dtype.itemsize
     needed = whole_verification_bytes(itemsize * dense, plan.weight_bytes, plan.source_bytes)
     tokens = GENERATED_TOKENS if needed <= limit_bytes(plan.recipe.limits.memory) else FEWEST_TOKENS
     steps = 1 + REFERENCE_RUNS + tokens + (2 if _is_custom(plan) else 0)
     return (
         probe * (DENSE_RUNS + REFERENCE_RUNS)
-        + run_of(plan.structure, PROMPT_TOKENS)
+        + run_of(after, PROMPT_TOKENS)
         + Work(
             values=PASSES_OF_DEQUANTIZING * stored * steps + dense * tokens + PASSES_OF_CHECKING * (dense + source),
             stored=2.0 * plan.weight_bytes + plan.source_bytes,
@@ -166,38 +167,37 @@ def _verify_work(plan: Plan) -> Work:
     )
 
 
-def _evaluate_work(plan: Plan) -> Work:
+def _evaluate_work(plan: Plan, before: Sequence[PartWork], after: Sequence[PartWork]) -> Work:
     """Quality of both models, then the speed of each, and of the artifact with its kernels if it has stored weights."""
     settings, stored = plan.recipe.eval, _stored_values(plan)
     tokens = settings.data.samples * sample_tokens(plan.source, settings.data.length)
     load = Work(stored=float(plan.source_bytes + plan.weight_bytes), values=PASSES_OF_DEQUANTIZING * stored)
     found = Work()
     if set(settings.metrics) - {"size", "speed", "memory"}:
-        logits = float(tokens * part_works(plan.source)[-1].outputs)
-        found += load + run_of(plan.source, tokens) + run_of(plan.structure, tokens)
-        found += Work(values=PASSES_OVER_LOGITS * logits, seconds=PROCESS_SECONDS)
+        found += load + run_of(before, tokens) + run_of(after, tokens) + Work(seconds=PROCESS_SECONDS)
+        found += divergence_work(tokens, before[-1].outputs)
         if _is_custom(plan):
             found += Work(values=PASSES_OF_DEQUANTIZING * stored * settings.data.samples / settings.batch_size)
     limit = limit_bytes(plan.recipe.limits.memory)
     fits = INTERPRETER_BYTES + plan.source_bytes + CHUNK_BYTES <= limit  # otherwise no speed is measured
     if fits and {"speed", "memory"} & set(settings.metrics):
-        found += load + _speed_work(plan.source) + _speed_work(plan.structure)
+        found += load + _speed_work(plan.source, before) + _speed_work(plan.structure, after)
         if _is_custom(plan):
             found += Work(values=PASSES_OF_DEQUANTIZING * stored * (PREFILL_RUNS + DECODE_RUNS * DECODE_TOKENS))
     if fits and "speed" in settings.metrics and stored:
         found += Work(stored=float(plan.weight_bytes), values=PASSES_OF_DEQUANTIZING * stored)
-        found += _speed_work(plan.structure)
+        found += _speed_work(plan.structure, after)
     return found
 
 
-def _speed_work(structure: Structure) -> Work:
+def _speed_work(structure: Structure, parts: Sequence[PartWork]) -> Work:
     """Of measuring the speed of a model. A token that is generated alone reads every weight once."""
     prompt, generates = sample_tokens(structure, PREFILL_TOKENS), structure.model.can_generate()
-    found = run_of(structure, prompt * PREFILL_RUNS) + Work(seconds=PROCESS_SECONDS)
+    found = run_of(parts, prompt * PREFILL_RUNS) + Work(seconds=PROCESS_SECONDS)
     if not generates:
-        return found + run_of(structure, prompt * ENCODED_SAMPLES * ENCODED_RUNS)
-    weights = sum(part.run.products / 2 for part in part_works(structure))
-    return found + run_of(structure, prompt * DECODE_RUNS) + Work(values=weights * DECODE_TOKENS * DECODE_RUNS)
+        return found + run_of(parts, prompt * ENCODED_SAMPLES * ENCODED_RUNS)
+    weights = sum(part.run.products / 2 for part in parts)
+    return found + run_of(parts, prompt * DECODE_RUNS) + Work(values=weights * DECODE_TOKENS * DECODE_RUNS)
 
 
 def _is_custom(plan: Plan) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from compressor.lazy import torch
+from compressor.protocol.work import Work
+
+PASSES_OVER_LOGITS = 12  # two log-softmax, their difference and its sum; and the dense model's logits
 
 
 def divergence_terms(dense: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
@@ -12,3 +15,8 @@ def divergence_terms(dense: torch.Tensor, compressed: torch.Tensor) -> torch.Ten
     """
     before, after = dense.log_softmax(-1), compressed.log_softmax(-1)
     return before.exp() * (before - after)
+
+
+def divergence_work(tokens: float, vocabulary: int) -> Work:
+    """Of comparing the logits of so many tokens with the dense model's."""
+    return Work(values=float(PASSES_OVER_LOGITS * tokens * vocabulary))

@@ -26,7 +26,7 @@ from functools import partial
 from typing import ClassVar
 
 from compressor.lazy import torch
-from compressor.methods.rotation.counted_work import PASSES_OVER_PARAMETERS, changed_bytes
+from compressor.methods.rotation.counted_work import changed_bytes
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift, untied_head
 from compressor.model.residual_records import ResidualNorm
 from compressor.protocol import (
@@ -42,6 +42,7 @@ from compressor.protocol import (
     Traits,
     Work,
 )
+from compressor.protocol.work import rewritten
 
 
 class FuseNorms(RewritePass):
@@ -56,7 +57,7 @@ class FuseNorms(RewritePass):
         return Traits(reads="weights", provides=frozenset({Fact.NORMS_FOLDED}))
 
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
-        return [Work(values=float(PASSES_OVER_PARAMETERS * part.values)) for part in parts]
+        return [rewritten(part.values) for part in parts]
 
     def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
         """The new parameters; with LayerNorm one parameter in float64, which a shift reads whole."""

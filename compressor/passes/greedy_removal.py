@@ -36,7 +36,7 @@ from pydantic import Field, NonNegativeFloat
 from compressor.bounds import Count
 from compressor.errors import Because, PassError, PreflightError, values_of
 from compressor.lazy import torch
-from compressor.methods.pruning.counted_work import PASSES_OVER_PARAMETERS, divergence_work
+from compressor.methods.divergence import divergence_work
 from compressor.methods.pruning.masked_forward import (
     Dense,
     Draw,
@@ -67,6 +67,7 @@ from compressor.protocol import (
     Traits,
     Work,
 )
+from compressor.protocol.work import rewritten
 
 KINDS = ("heads", "ffn")
 SAMPLES_AT_ONCE = 4  # of a batch; the ranking uses whole batches
@@ -147,7 +148,7 @@ class GreedyRemoval(RewritePass):
 
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
         """As if every candidate were measured again after the ranking. An evaluation runs half of the blocks."""
-        found = [Work(values=float(PASSES_OVER_PARAMETERS * part.values)) for part in parts]
+        found = [rewritten(part.values) for part in parts]
         whole, ranked = self._evaluations(model)
         search = RANKED_SHARE * (1 - self.confirm) * data.tokens
         batches = max(1, -(-data.samples // SAMPLES_AT_ONCE))

@@ -49,7 +49,7 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import CompressError, PreflightError
 from compressor.lazy import torch
-from compressor.methods.divergence import divergence_terms
+from compressor.methods.divergence import divergence_terms, divergence_work
 from compressor.methods.rotation.counted_work import (
     axes_work,
     changed_bytes,
@@ -101,7 +101,6 @@ from compressor.protocol.work import eigenvectors, orthogonal
 RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; below it, float64 second moments of float32 values are noise
 HARD_FROM = 0.1  # of the width; Llama-3.1-8B gets from perplexity 6.24 to 8.04 at 10 % and to 11.31 at 20 %
 HARD = "models trained on far more text than Llama 2 lose much more at this sparsity; measure the loss"
-PASSES_OVER_LOGITS = 12  # of a comparison of two outputs in float64
 ENOUGH = 4  # calibration tokens per dimension of the residual stream
 
 
@@ -195,8 +194,7 @@ class SliceGPT(RewritePass):
         for part, count in zip(parts[1:-1], sublayers, strict=True):
             found += part.load * 2 + part.run * data.tokens + projected_work(data, width, kept) * count
             found += _sliced_run(part, count, data, width, kept)
-        logits = float(data.tokens * parts[-1].outputs)
-        return found + parts[-1].run * (4 * data.tokens) + Work(values=2 * PASSES_OVER_LOGITS * logits)
+        return found + parts[-1].run * (4 * data.tokens) + divergence_work(2 * data.tokens, parts[-1].outputs)
 
     def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
         """The new parameters, and the second moments with their axes and the work space for these."""

@@ -41,7 +41,8 @@ from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
 from compressor.errors import PreflightError
-from compressor.methods.pruning.counted_work import PASSES_OVER_PARAMETERS, divergence_work, repair_work
+from compressor.methods.divergence import divergence_work
+from compressor.methods.pruning.counted_work import repair_work
 from compressor.methods.pruning.mask_training import Course, train_masks
 from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
 from compressor.methods.pruning.model_size import model_size
@@ -63,6 +64,7 @@ from compressor.protocol import (
     Traits,
     Work,
 )
+from compressor.protocol.work import rewritten
 
 HARD_FROM = 0.6  # of the prunable size; above it the authors' README has other constants for trained masks
 HARD = "more than 0.6 is removed while weights stay unchanged; expect a large loss, and measure it"
@@ -168,7 +170,7 @@ class VTrans(RewritePass):
 
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
         """A training step runs the model forwards twice, and backwards, which is as much for frozen weights."""
-        found = [Work(values=float(PASSES_OVER_PARAMETERS * part.values)) for part in parts]
+        found = [rewritten(part.values) for part in parts]
         if not self.decides:
             return found
         blocks, head = parts[1:-1], parts[-1]

@@ -1,18 +1,11 @@
-"""Counts the work of masked runs and of repaired output projections, for the passes that use them."""
+"""Counts the work of repaired output projections, for the passes that use them."""
 
 from __future__ import annotations
 
 from compressor.methods.pruning.reconstruction import HELD_OUT
 from compressor.protocol.work import DataSize, PartWork, Work
 
-PASSES_OVER_PARAMETERS = 6  # a parameter is converted to float64, cut, and rounded to its own dtype
-PASSES_OVER_LOGITS = 12  # two log-softmax in float32, their difference and its sum; and the dense model's logits
 READS = 3  # of the inputs of an output projection: for its second moments, and twice for errors on held-out batches
-
-
-def divergence_work(tokens: float, vocabulary: int) -> Work:
-    """Of comparing the logits of so many tokens with the dense model's."""
-    return Work(values=float(PASSES_OVER_LOGITS * tokens * vocabulary))
 
 
 def repair_work(block: PartWork, data: DataSize, outputs: int, inputs: int, kept: int) -> Work:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compressor.protocol.views import SLICE_ELEMENTS
-from compressor.protocol.work import DataSize, PartWork, Work, eigenvectors, orthogonal
+from compressor.protocol.work import DataSize, PartWork, Work, eigenvectors, orthogonal, rewritten
 
-PASSES_OVER_PARAMETERS = 6  # a parameter is converted to float64, changed, and rounded to its own dtype
 PASSES_OVER_TOKENS = 8  # a token is converted to float64, checked, scaled and copied
 
 
 def rotated_work(values: int, width: int) -> Work:
     """Of multiplying parameters with so many values by a matrix with so many columns, in float64."""
-    return Work(double=2.0 * values * width, values=float(PASSES_OVER_PARAMETERS * values))
+    return Work(double=2.0 * values * width) + rewritten(values)
 
 
 def changed_bytes(parts: Sequence[PartWork]) -> int:
