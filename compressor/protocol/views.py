@@ -247,7 +247,13 @@ class RunnableModel(Protocol):
     def module(self, path: str) -> torch.nn.Module: ...
 
     def loaded(self, part: int) -> AbstractContextManager[None]:
-        """The part's weights are in memory inside this context. Embeddings and output head stay in memory after it."""
+        """The part's weights are in memory inside this context. Embeddings and output head stay in memory after it,
+        and so do blocks as `keep_blocks` allows.
+        """
+        ...
+
+    def keep_blocks(self, nbytes: int) -> None:
+        """Keep blocks in memory once they are loaded, those that are loaded first, up to so many bytes together."""
         ...
 
     def embeddings(self, batch: int) -> torch.Tensor:
