@@ -194,6 +194,14 @@ class PartView(Protocol):
         """
         ...
 
+    def inputs_of(self, modules: Sequence[str]) -> Iterator[list[torch.Tensor]]:
+        """`inputs` of several modules, for each calibration batch from one run of this part."""
+        ...
+
+    def progress(self, what: str, share: float | None = None) -> None:
+        """Show what the pass works on in this part, and how much of it is done. See `BlockView.progress`."""
+        ...
+
     def states(self) -> list[torch.Tensor]:
         """The residual stream before this part, (samples, tokens, width) for each calibration batch, in the model's
         dtype. For the embeddings: their output.
