@@ -110,7 +110,10 @@ class PartView:
         caught: dict[str, Tensor] = {}
 
         def catch(module: str) -> Callable[[Any, tuple[Any, ...]], None]:
-            return lambda _module, args: caught.setdefault(module, args[0].reshape(-1, args[0].shape[-1]))
+            def hook(_module: Any, args: tuple[Any, ...]) -> None:
+                caught.setdefault(module, args[0].reshape(-1, args[0].shape[-1]))
+
+            return hook
 
         with ExitStack() as stack:
             for module in modules:
