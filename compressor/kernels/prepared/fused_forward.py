@@ -1,0 +1,295 @@
+"""Gives norms, gated MLPs and attention of a prepared model forwards with fewer operations.
+
+A decoding step of transformers has about 60 small operations in each block beside the products, and each takes longer
+to call than to compute. `fuse` finds modules by what they compute, whatever their family:
+
+    RMSNorm      a module of this name, with one weight, whose outputs on a sample are those of `rms_norm`
+    gated MLP    down_proj(act_fn(gate_proj(x)) * up_proj(x)), where act_fn is SiLU
+    attention    q_proj, k_proj and v_proj, norms of heads if there are any, rotary embeddings that rotate halves, the
+                 cache, torch's scaled dot product attention, o_proj
+
+The formulas of MLPs and attention are proven by a sample with the operations of torch that the module has: the outputs
+are equal bit by bit. In use, `rms_norm` and `silu_product` differ from torch by rounding in float32 alone.
+
+A fused forward is an attribute `forward` of the module. So the module, its class, parameters and hooks stay, and the
+forward of the class is used for gradients, autocast, compilers, other devices and other arguments.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import ShapeError
+from compressor.kernels.ops.block_functions import TYPES, rms_norm, rotate_halves, silu_product
+from compressor.kernels.ops.watched import is_watched
+
+EPS_NAMES = ("variance_epsilon", "eps")
+NORMS = ((0.0, True), (0.0, False), (1.0, False))  # added to the weight; whether the normalized x is rounded before it
+UNEQUAL = 0.02  # share of 16-bit outputs of a norm that another order of the sum may round to the neighbouring number
+# raised by a module that takes something else
+UNLIKE = (AttributeError, KeyError, RuntimeError, ShapeError, TypeError, ValueError)
+
+
+def _is_plain(x: Any, *others: Any) -> bool:
+    """Whether the library can take these: tensors of one dtype on the CPU, seen by no compiler and no gradient."""
+    if not isinstance(x, Tensor) or is_watched(x) or x.dtype not in TYPES or torch.is_autocast_enabled("cpu"):
+        return False
+    gradients, dtype = torch.is_grad_enabled(), x.dtype
+    return all(
+        isinstance(t, Tensor) and t.is_cpu and t.dtype == dtype and not (gradients and t.requires_grad)
+        for t in (x, *others)
+    )
+
+
+class FusedForward:
+    """A forward of `module`, which calls `original` for what it doesn't take."""
+
+    words: ClassVar[str]
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
+        """The forward of a module with inputs of `dtype`, proven on a sample; None if it computes another formula."""
+        raise NotImplementedError
+
+    def original(self, *arguments: Any, **named: Any) -> Any:
+        return type(self.module).forward(self.module, *arguments, **named)
+
+
+def _sample(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
+
+
+class FusedNorm(FusedForward):
+    """RMSNorm. offset, rounds: as in `rms_norm`"""
+
+    words = "rms_norm"
+
+    def __init__(self, module: nn.Module, eps: float, offset: float, rounds: bool) -> None:
+        super().__init__(module)
+        self.eps, self.offset, self.rounds = eps, offset, rounds
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
+        eps = next((value for name in EPS_NAMES if isinstance(value := getattr(module, name, None), float)), None)
+        weight = module._parameters.get("weight")
+        if not type(module).__name__.endswith("RMSNorm") or eps is None or weight is None or weight.dim() != 1:
+            return None
+        if len([*module.parameters(), *module.buffers()]) > 1:
+            return None
+        probe: Any = copy.deepcopy(module)
+        probe.weight = nn.Parameter(_sample(len(weight), dtype=dtype) + 1, requires_grad=False)
+        x = _sample(4, len(weight), dtype=dtype)
+        x[2:] *= eps**0.5  # the mean of squares is about eps there
+        try:
+            expected = probe(x)
+        except UNLIKE:
+            return None
+        if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != dtype:
+            return None
+        for offset, rounds in NORMS:
+            if _is_as_close_as_rounding(rms_norm(x, probe.weight, eps, offset, rounds), expected):
+                return cls(module, eps, offset, rounds)
+        return None
+
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        weight: Any = self.module._parameters["weight"]
+        x: Any = arguments[0] if len(arguments) == 1 and not named else None
+        if not _is_plain(x, weight) or x.shape[-1:] != weight.shape:
+            return self.original(*arguments, **named)
+        return rms_norm(x, weight, self.eps, self.offset, self.rounds)
+
+
+def _is_as_close_as_rounding(found: Tensor, expected: Tensor) -> bool:
+    """Few roundings of float32, or few of many numbers rounded to the neighbouring one of 16 bits."""
+    many = expected.dtype == torch.float32
+    allowed = (8 if many else 1) * torch.finfo(expected.dtype).eps * expected.double().abs()
+    is_close = bool(((found.double() - expected.double()).abs() <= allowed).all())
+    return is_close and (many or float((found != expected).double().mean()) <= UNEQUAL)
+
+
+class FusedMLP(FusedForward):
+    """A gated MLP with SiLU."""
+
+    words = "silu_product"
+    CHILDREN: ClassVar = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
+        children: dict[str, Any] = dict(module.named_children())
+        if children.keys() != cls.CHILDREN or not hasattr(children["gate_proj"], "in_features"):
+            return None
+        spread = torch.linspace(-20, 20, 999)
+        x = _sample(2, children["gate_proj"].in_features, dtype=dtype)
+        fused = cls(module)
+        try:
+            is_silu = torch.equal(children["act_fn"](spread), F.silu(spread))
+            is_equal = is_silu and torch.equal(fused._forward(x, F.silu), fused.original(x))
+        except UNLIKE:
+            return None
+        return fused if is_equal else None
+
+    def _forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """activation: None for `silu_product`"""
+        gate, up = self.module.gate_proj(x), self.module.up_proj(x)
+        return self.module.down_proj(silu_product(gate, up) if activation is None else activation(gate) * up)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        function = self.module.act_fn
+        is_hooked = function._forward_hooks or function._forward_pre_hooks
+        if len(arguments) != 1 or named or is_hooked or not _is_plain(arguments[0]) or _wants_gradient(self.module):
+            return self.original(*arguments, **named)
+        return self._forward(arguments[0], None)
+
+
+def _wants_gradient(module: nn.Module) -> bool:
+    """Whether a parameter of a child would get a gradient, such as the weight of a dense layer."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+
+
+class _RecordedCache:
+    """Stands for a cache in a sample. It returns other keys and values than it is given, and records its arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, int]] = []
+        self.named: set[str] = set()
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, **named: Any) -> tuple[Tensor, Tensor]:
+        self.calls.append((keys, values, layer))
+        self.named |= named.keys()
+        return keys.flip(2), values.flip(2)
+
+
+CACHES = {"cache", "past_key_values"}  # names of the argument for the cache, new and old
+
+
+class FusedAttention(FusedForward):
+    """Attention with rotary embeddings.
+
+    cache        the name of the argument for the cache
+    tells_cache  whether the cache is told the other arguments
+    """
+
+    words = "rotate_halves"
+    cache, tells_cache = "cache", False
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
+        children: dict[str, Any] = dict(module.named_children())
+        parameters = inspect.signature(type(module).forward).parameters
+        given = {"hidden_states", "position_embeddings", "attention_mask"} <= parameters.keys()
+        own = all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
+        if not given or not own or not {"q_proj", "k_proj", "v_proj", "o_proj"} <= children.keys():
+            return None
+        fused, tokens, width = cls(module), 3, module.head_dim
+        fused.cache = "cache" if "cache" in parameters else "past_key_values"
+        columns = getattr(children["q_proj"], "in_features", None)
+        if module.training or columns is None or not isinstance(width, int) or fused._attention() is None:
+            return None
+        cos, sin = _sample(2, 1, tokens, width, dtype=dtype)
+        x = _sample(2, tokens, columns, dtype=dtype)
+        theirs, ours = _RecordedCache(), _RecordedCache()
+        try:
+            named = {"position_embeddings": (cos, sin), "attention_mask": None}
+            expected, _ = fused.original(hidden_states=x, **named, **{fused.cache: theirs})
+            fused.tells_cache = "kwargs" in theirs.named
+            found, _ = fused._forward(x, cos, sin, None, ours, {})
+        except UNLIKE:
+            return None
+        pairs = [(expected, found)]
+        for (keys, values, layer), (own_keys, own_values, own_layer) in zip(theirs.calls, ours.calls):
+            pairs += [(keys, own_keys), (values, own_values), (torch.tensor(layer), torch.tensor(own_layer))]
+        is_equal = len(theirs.calls) == 1 and theirs.named <= {"kwargs"} and all(torch.equal(a, b) for a, b in pairs)
+        return fused if is_equal else None
+
+    def _attention(self) -> Callable[..., Any] | None:
+        """transformers' call of torch's scaled dot product attention, if the model uses it."""
+        return _interfaces()["sdpa"] if self.module.config._attn_implementation == "sdpa" else None
+
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any, rest: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        module, lead = self.module, x.shape[:-1]
+        q, k, v = (layer(x).view(*lead, -1, module.head_dim) for layer in (module.q_proj, module.k_proj, module.v_proj))
+        if "q_norm" in module._modules:
+            q, k = module.q_norm(q), module.k_norm(k)
+        q, k, v = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v.transpose(1, 2)
+        if cache is not None:
+            told = {"kwargs": rest} if self.tells_cache else {}
+            k, v = cache.update(k, v, module.layer_idx, **told)
+        attend = self._attention()
+        assert attend is not None
+        y, weights = attend(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **rest)
+        return module.o_proj(y.reshape(*lead, -1).contiguous()), weights
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        rest = dict(named)
+        x, mask, cache = rest.pop("hidden_states", None), rest.pop("attention_mask", None), rest.pop(self.cache, None)
+        positions = rest.pop("position_embeddings", None)
+        is_ours = (
+            not arguments
+            and isinstance(positions, tuple)
+            and len(positions) == 2
+            and _is_plain(x, *positions)
+            and all(p.shape[1:] == (x.shape[1], self.module.head_dim) for p in positions)
+            and not rest.keys() & CACHES
+            and not self.module.training
+            and self._attention() is not None
+            and not _wants_gradient(self.module)
+        )
+        if not is_ours:
+            return self.original(*arguments, **named)
+        cos, sin = positions
+        return self._forward(x, cos, sin, mask, cache, rest)
+
+
+@cache
+def _interfaces() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # only models of transformers have attention
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+KINDS: tuple[type[FusedForward], ...] = (FusedNorm, FusedMLP, FusedAttention)
+
+
+@torch.no_grad()
+def fuse(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put fused forwards into the modules of a prepared model on the CPU. A module with another forward is left alone.
+
+    A formula of MLPs or attention is proven once for modules of the same classes.
+
+    dtype  of its hidden states; nothing is done for one that the library doesn't take
+    """
+    if dtype not in TYPES:
+        return
+    proven: dict[tuple[type, ...], FusedForward | None] = {}
+    for module in model.modules():
+        tensors = [*module.parameters(), *module.buffers()]
+        if "forward" in vars(module) or any(not t.is_cpu or is_watched(t) for t in tensors):
+            continue
+        for kind in KINDS:
+            classes = (kind, type(module), *map(type, module.children()))
+            if classes not in proven or kind is FusedNorm:
+                proven[classes] = kind.of(module, dtype)
+            if (found := proven[classes]) is not None:
+                fused = copy.copy(found)
+                fused.module = module
+                module.forward = fused  # type: ignore[assignment]
+                break
+
+
+def fused_forward(module: nn.Module) -> FusedForward | None:
+    """The fused forward of a module, if it has one."""
+    found = vars(module).get("forward")
+    return found if isinstance(found, FusedForward) else None
