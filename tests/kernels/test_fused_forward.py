@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from kernel_decode import rounded
 from raising import raises
 from torch import nn
@@ -37,7 +38,10 @@ KINDS = {
 
 
 def prepared(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    model = tiny.build(family, dtype=dtype)
+    return prepared_model(tiny.build(family, dtype=dtype))
+
+
+def prepared_model(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             owner, _, leaf = name.rpartition(".")
@@ -78,6 +82,25 @@ def test_modules_are_found_by_what_they_compute_and_outputs_stay(family, dtype):
     bound = 1e-5 if dtype == torch.float32 else 0.01
     assert float((outputs(model) - expected).norm() / expected.norm()) < bound
     assert type(model) is type(plain) and list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_layers_of_a_class_may_differ():
+    """Every other layer of this family has no rotary embeddings."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.SmolLM3Config(
+        **shape,
+        vocab_size=96,
+        num_hidden_layers=2,
+        no_rope_layers=[1, 0],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = prepared_model(hf.SmolLM3ForCausalLM(config).eval())
+    kinds = [type(fused_forward(layer.self_attn)) for layer in model.model.layers]
+    assert kinds == [FusedAttention, type(None)]
+    assert torch.allclose(outputs(model), outputs(unfused(model)), atol=1e-5)
 
 
 def test_generate_gives_the_same_tokens():

@@ -43,10 +43,12 @@ def _is_plain(x: Any, *others: Any) -> bool:
     if not isinstance(x, Tensor) or is_watched(x) or x.dtype not in TYPES or torch.is_autocast_enabled("cpu"):
         return False
     gradients, dtype = torch.is_grad_enabled(), x.dtype
-    return all(
-        isinstance(t, Tensor) and t.is_cpu and t.dtype == dtype and not (gradients and t.requires_grad)
-        for t in (x, *others)
-    )
+    for tensor in (x, *others):  # a generator takes twice the time
+        if not (isinstance(tensor, Tensor) and tensor.is_cpu and tensor.dtype == dtype):
+            return False
+        if gradients and tensor.requires_grad:
+            return False
+    return True
 
 
 class FusedForward:
@@ -194,7 +196,8 @@ class FusedAttention(FusedForward):
         fused, tokens, width = cls(module), 3, module.head_dim
         fused.cache = "cache" if "cache" in parameters else "past_key_values"
         columns = getattr(children["q_proj"], "in_features", None)
-        if module.training or columns is None or not isinstance(width, int) or fused._attention() is None:
+        attend = fused._attention()
+        if module.training or columns is None or not isinstance(width, int) or attend is None:
             return None
         cos, sin = _sample(2, 1, tokens, width, dtype=dtype)
         x = _sample(2, tokens, columns, dtype=dtype)
@@ -203,7 +206,7 @@ class FusedAttention(FusedForward):
             named = {"position_embeddings": (cos, sin), "attention_mask": None}
             expected, _ = fused.original(hidden_states=x, **named, **{fused.cache: theirs})
             fused.tells_cache = "kwargs" in theirs.named
-            found, _ = fused._forward(x, cos, sin, None, ours, {})
+            found, _ = fused._forward(attend, x, cos, sin, None, ours, {})
         except UNLIKE:
             return None
         pairs = [(expected, found)]
@@ -217,7 +220,14 @@ class FusedAttention(FusedForward):
         return _interfaces()["sdpa"] if self.module.config._attn_implementation == "sdpa" else None
 
     def _forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any, rest: dict[str, Any]
+        self,
+        attend: Callable[..., Any],
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: Any,
+        rest: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         module, lead = self.module, x.shape[:-1]
         q, k, v = (layer(x).view(*lead, -1, module.head_dim) for layer in (module.q_proj, module.k_proj, module.v_proj))
@@ -227,8 +237,6 @@ class FusedAttention(FusedForward):
         if cache is not None:
             told = {"kwargs": rest} if self.tells_cache else {}
             k, v = cache.update(k, v, module.layer_idx, **told)
-        attend = self._attention()
-        assert attend is not None
         y, weights = attend(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **rest)
         return module.o_proj(y.reshape(*lead, -1).contiguous()), weights
 
@@ -244,13 +252,13 @@ class FusedAttention(FusedForward):
             and all(p.shape[1:] == (x.shape[1], self.module.head_dim) for p in positions)
             and not rest.keys() & CACHES
             and not self.module.training
-            and self._attention() is not None
             and not _wants_gradient(self.module)
         )
-        if not is_ours:
+        attend = self._attention() if is_ours else None  # the config takes microseconds to answer
+        if attend is None:
             return self.original(*arguments, **named)
         cos, sin = positions
-        return self._forward(x, cos, sin, mask, cache, rest)
+        return self._forward(attend, x, cos, sin, mask, cache, rest)
 
 
 @cache
@@ -267,26 +275,20 @@ KINDS: tuple[type[FusedForward], ...] = (FusedNorm, FusedMLP, FusedAttention)
 def fuse(model: nn.Module, dtype: torch.dtype) -> None:
     """Put fused forwards into the modules of a prepared model on the CPU. A module with another forward is left alone.
 
-    A formula of MLPs or attention is proven once for modules of the same classes.
+    Each module is proven, since modules of a class may differ: some models rotate in some of their layers only. That
+    takes about as long as two steps of decoding.
 
     dtype  of its hidden states; nothing is done for one that the library doesn't take
     """
     if dtype not in TYPES:
         return
-    proven: dict[tuple[type, ...], FusedForward | None] = {}
     for module in model.modules():
         tensors = [*module.parameters(), *module.buffers()]
         if "forward" in vars(module) or any(not t.is_cpu or is_watched(t) for t in tensors):
             continue
-        for kind in KINDS:
-            classes = (kind, type(module), *map(type, module.children()))
-            if classes not in proven or kind is FusedNorm:
-                proven[classes] = kind.of(module, dtype)
-            if (found := proven[classes]) is not None:
-                fused = copy.copy(found)
-                fused.module = module
-                module.forward = fused  # type: ignore[assignment]
-                break
+        fused = next((found for kind in KINDS if (found := kind.of(module, dtype)) is not None), None)
+        if fused is not None:
+            module.forward = fused  # type: ignore[assignment]
 
 
 def fused_forward(module: nn.Module) -> FusedForward | None:
