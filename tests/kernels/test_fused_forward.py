@@ -114,6 +114,17 @@ def test_float16_keeps_the_forwards_of_the_classes():
     assert not any(fused_forward(module) for module in prepared("llama", torch.float16).modules())
 
 
+def test_hooks_do_not_see_the_samples():
+    model, seen = tiny.build("llama"), []
+    for module in model.modules():
+        if module is not model:
+            module.register_forward_hook(lambda module, *given: seen.append(module))
+    prepared_model(model)
+    assert seen == [] and fused_forward(model.model.norm) is not None
+    model(torch.tensor([[5, 6]]))
+    assert model.model.norm in seen and model.model.layers[0].mlp.act_fn in seen
+
+
 def test_explain_names_what_is_fused():
     lines = explain(prepared("llama")).splitlines()
     assert "model.layers.0.mlp   LlamaMLP   fused forward   silu_product" in lines

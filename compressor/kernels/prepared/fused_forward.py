@@ -89,20 +89,30 @@ class FusedNorm(FusedForward):
             return None
         if len([*module.parameters(), *module.buffers()]) > 1:
             return None
-        probe: Any = copy.deepcopy(module)
-        probe.weight = nn.Parameter(_sample(len(weight), dtype=dtype) + 1, requires_grad=False)
-        x = _sample(4, len(weight), dtype=dtype)
-        x[2:] *= eps**0.5  # the mean of squares is about eps there
-        try:
-            expected = probe(x)
-        except UNLIKE:
-            return None
-        if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != dtype:
-            return None
         for offset, rounds in NORMS:
-            if _is_as_close_as_rounding(rms_norm(x, probe.weight, eps, offset, rounds), expected):
-                return cls(module, eps, offset, rounds)
+            fused = cls(module, eps, offset, rounds)
+            if all(fused._agrees(kind) for kind in TYPES):  # only numbers of 16 bits show what is rounded
+                return fused
         return None
+
+    def _agrees(self, dtype: torch.dtype) -> bool:
+        """Whether the module with a sample for its weight has the outputs of this forward."""
+        probe, columns = copy.copy(self.module), len(self.module.weight)
+        weight = nn.Parameter(_sample(columns, dtype=dtype) + 1, requires_grad=False)
+        vars(probe)["_parameters"] = {"weight": weight}  # a copy has the dictionary of its original
+        x = _sample(4, columns, dtype=dtype)
+        x[2:] *= self.eps**0.5  # the mean of squares is about eps there
+        try:
+            expected = type(probe).forward(probe, x)
+        except UNLIKE:
+            return False
+        if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != dtype:
+            return False
+        found = rms_norm(x, weight, self.eps, self.offset, self.rounds)
+        many = dtype == torch.float32
+        allowed = (8 if many else 1) * torch.finfo(dtype).eps * expected.double().abs()
+        is_close = bool(((found.double() - expected.double()).abs() <= allowed).all())
+        return is_close and (many or float((found != expected).double().mean()) <= UNEQUAL)
 
     def __call__(self, *arguments: Any, **named: Any) -> Tensor:
         weight: Any = self.module._parameters["weight"]
@@ -110,14 +120,6 @@ class FusedNorm(FusedForward):
         if not _is_plain(x, weight) or x.shape[-1:] != weight.shape:
             return self.original(*arguments, **named)
         return rms_norm(x, weight, self.eps, self.offset, self.rounds)
-
-
-def _is_as_close_as_rounding(found: Tensor, expected: Tensor) -> bool:
-    """Few roundings of float32, or few of many numbers rounded to the neighbouring one of 16 bits."""
-    many = expected.dtype == torch.float32
-    allowed = (8 if many else 1) * torch.finfo(expected.dtype).eps * expected.double().abs()
-    is_close = bool(((found.double() - expected.double()).abs() <= allowed).all())
-    return is_close and (many or float((found != expected).double().mean()) <= UNEQUAL)
 
 
 class FusedMLP(FusedForward):
@@ -286,6 +288,8 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> None:
         tensors = [*module.parameters(), *module.buffers()]
         if "forward" in vars(module) or any(not t.is_cpu or is_watched(t) for t in tensors):
             continue
+        if any(child._forward_hooks or child._forward_pre_hooks for child in module.children()):
+            continue  # they would see the samples
         fused = next((found for kind in KINDS if (found := kind.of(module, dtype)) is not None), None)
         if fused is not None:
             module.forward = fused  # type: ignore[assignment]
