@@ -84,23 +84,27 @@ def test_modules_are_found_by_what_they_compute_and_outputs_stay(family, dtype):
     assert type(model) is type(plain) and list(model.state_dict()) == list(plain.state_dict())
 
 
+def kinds_of_attention(made: type[PreTrainedModel], config: type[hf.PreTrainedConfig], **settings) -> list[type]:
+    """Of the layers of a small model of another family, whose outputs have to stay."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = prepared_model(made(config(**sizes, **tokens, num_hidden_layers=2, **settings)).eval())
+    assert torch.allclose(outputs(model), outputs(unfused(model)), atol=1e-5)
+    return [type(fused_forward(layer.self_attn)) for layer in model.model.layers]
+
+
 def test_layers_of_a_class_may_differ():
     """Every other layer of this family has no rotary embeddings."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = hf.SmolLM3Config(
-        **shape,
-        vocab_size=96,
-        num_hidden_layers=2,
-        no_rope_layers=[1, 0],
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = prepared_model(hf.SmolLM3ForCausalLM(config).eval())
-    kinds = [type(fused_forward(layer.self_attn)) for layer in model.model.layers]
+    kinds = kinds_of_attention(hf.SmolLM3ForCausalLM, hf.SmolLM3Config, no_rope_layers=[1, 0])
     assert kinds == [FusedAttention, type(None)]
-    assert torch.allclose(outputs(model), outputs(unfused(model)), atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [None, 8.0, 1000.0])
+def test_limits_of_queries_keys_and_values_are_seen(limit):
+    """Random weights never reach the limit."""
+    expected = FusedAttention if limit is None else type(None)
+    assert kinds_of_attention(hf.OlmoForCausalLM, hf.OlmoConfig, clip_qkv=limit) == [expected] * 2
 
 
 def test_generate_gives_the_same_tokens():
@@ -152,9 +156,34 @@ def test_copies_and_pickles_are_fused_and_have_their_own_weights():
 
 def test_a_second_preparation_keeps_them():
     model = prepared("qwen3")
-    before = {name: fused_forward(module) for name, module in model.named_modules()}
+    before = {name: type(fused_forward(module)) for name, module in model.named_modules()}
     prepare(model, activations="int8", strict=True)
-    assert {name: fused_forward(module) for name, module in model.named_modules()} == before
+    assert {name: type(fused_forward(module)) for name, module in model.named_modules()} == before
+
+
+def test_another_dtype_is_proven_by_another_preparation(calls):
+    model, tokens = prepared("llama").bfloat16(), torch.tensor([[5, 6, 7]])
+    calls.clear()
+    with torch.no_grad():
+        model(tokens)
+        assert set(calls) == {LlamaMLP, LlamaAttention}
+        prepare(model, strict=True)
+        calls.clear()
+        model(tokens)
+    assert calls == []
+
+
+@pytest.mark.parametrize("how", ["another module", "another forward"])
+def test_an_activation_that_was_replaced_is_used(how):
+    model = prepared("llama")
+    for layer in model.model.layers:
+        if how == "another module":
+            layer.mlp.act_fn = nn.Tanh()
+        else:
+            layer.mlp.act_fn.forward = torch.tanh
+    assert torch.allclose(outputs(model), outputs(unfused(model)), atol=1e-5)
+    prepare(model, strict=True)
+    assert not any(fused_forward(layer.mlp) for layer in model.model.layers)
 
 
 @pytest.fixture
@@ -202,7 +231,7 @@ def test_the_forward_of_the_class_is_used_for_what_a_fused_one_does_not_take(how
         assert x.grad is not None and model.model.norm.weight.grad is not None
     expected = {
         "gradients": {LlamaRMSNorm}, "autocast": {LlamaRMSNorm, LlamaMLP, LlamaAttention}, "float64": {LlamaRMSNorm},
-        "attention weights": {LlamaAttention}, "training": {LlamaAttention}, "hook": {LlamaMLP, "act_fn"},
+        "attention weights": {LlamaAttention}, "training": {LlamaAttention, LlamaMLP}, "hook": {LlamaMLP, "act_fn"},
         "other": {LlamaRMSNorm},
     }  # fmt: skip
     assert set(calls) == expected[how]
@@ -229,6 +258,17 @@ def another_mlp(self, x):
     return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
+def larger_far_away(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+    """The queries of Ministral 3 grow with their places."""
+    cos, sin = position_embeddings
+    if (places := kwargs.get("position_ids")) is not None:
+        cos, sin = cos * (1 + (places // 8192).log1p()).unsqueeze(-1), sin
+    return LLAMA_ATTENTION(self, hidden_states, (cos, sin), attention_mask, cache, **kwargs)
+
+
+LLAMA_ATTENTION = LlamaAttention.forward
+
+
 def without_root(self, x):
     return self.weight * x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
@@ -239,6 +279,7 @@ def another_eps(self, x):
 
 OTHERS = {
     "rotation of neighbours": (modeling_llama, "apply_rotary_pos_emb", interleaved, FusedAttention),
+    "attention that knows places": (LlamaAttention, "forward", larger_far_away, FusedAttention),
     "gate and up swapped": (LlamaMLP, "forward", another_mlp, FusedMLP),
     "norm without root": (LlamaRMSNorm, "forward", without_root, FusedNorm),
     "norm with another eps": (LlamaRMSNorm, "forward", another_eps, FusedNorm),

@@ -8,11 +8,12 @@ to call than to compute. `fuse` finds modules by what they compute, whatever the
     attention    q_proj, k_proj and v_proj, norms of heads if there are any, rotary embeddings that rotate halves, the
                  cache, torch's scaled dot product attention, o_proj
 
-The formulas of MLPs and attention are proven by a sample with the operations of torch that the module has: the outputs
-are equal bit by bit. In use, `rms_norm` and `silu_product` differ from torch by rounding in float32 alone.
+The formulas of MLPs and attention are proven by samples with the operations of torch that the module has: the outputs
+are equal bit by bit. Some rows of a sample are so large that a limit of values would show. In use, `rms_norm` and
+`silu_product` differ from torch by rounding in float32 alone.
 
 A fused forward is an attribute `forward` of the module. So the module, its class, parameters and hooks stay, and the
-forward of the class is used for gradients, autocast, compilers, other devices and other arguments.
+forward of the class is used for gradients, autocast, compilers, training mode, other devices, dtypes and arguments.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from compressor.kernels.ops.watched import is_watched
 EPS_NAMES = ("variance_epsilon", "eps")
 NORMS = ((0.0, True), (0.0, False), (1.0, False))  # added to the weight; whether the normalized x is rounded before it
 UNEQUAL = 0.02  # share of 16-bit outputs of a norm that another order of the sum may round to the neighbouring number
+LARGE = 2.0**20  # of rows of a sample: beyond the limits of values that a family may have, such as clip_qkv of OLMo
 # raised by a module that takes something else
 UNLIKE = (AttributeError, KeyError, RuntimeError, ShapeError, TypeError, ValueError)
 
@@ -69,7 +71,8 @@ class FusedForward:
 
 
 def _sample(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
+    made = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=made, dtype=torch.float32, device="cpu").to(dtype)
 
 
 class FusedNorm(FusedForward):
@@ -100,8 +103,9 @@ class FusedNorm(FusedForward):
         probe, columns = copy.copy(self.module), len(self.module.weight)
         weight = nn.Parameter(_sample(columns, dtype=dtype) + 1, requires_grad=False)
         vars(probe)["_parameters"] = {"weight": weight}  # a copy has the dictionary of its original
-        x = _sample(4, columns, dtype=dtype)
-        x[2:] *= self.eps**0.5  # the mean of squares is about eps there
+        x = _sample(5, columns, dtype=dtype)
+        x[2:4] *= self.eps**0.5  # the mean of squares is about eps there
+        x[4] *= LARGE
         try:
             expected = type(probe).forward(probe, x)
         except UNLIKE:
@@ -123,19 +127,25 @@ class FusedNorm(FusedForward):
 
 
 class FusedMLP(FusedForward):
-    """A gated MLP with SiLU."""
+    """A gated MLP with SiLU. dtype, activation: of its proof"""
 
     words = "silu_product"
     CHILDREN: ClassVar = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(module)
+        self.dtype, self.activation = dtype, self.module.act_fn
 
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
         children: dict[str, Any] = dict(module.named_children())
         if children.keys() != cls.CHILDREN or not hasattr(children["gate_proj"], "in_features"):
             return None
-        spread = torch.linspace(-20, 20, 999)
-        x = _sample(2, children["gate_proj"].in_features, dtype=dtype)
-        fused = cls(module)
+        spread = torch.linspace(-20, 20, 999, device="cpu")
+        x = _sample(3, children["gate_proj"].in_features, dtype=dtype)
+        x[1] *= LARGE**0.5
+        x[2] *= LARGE
+        fused = cls(module, dtype)
         try:
             is_silu = torch.equal(children["act_fn"](spread), F.silu(spread))
             is_equal = is_silu and torch.equal(fused._forward(x, F.silu), fused.original(x))
@@ -149,11 +159,22 @@ class FusedMLP(FusedForward):
         return self.module.down_proj(silu_product(gate, up) if activation is None else activation(gate) * up)
 
     def __call__(self, *arguments: Any, **named: Any) -> Tensor:
-        function = self.module.act_fn
-        is_hooked = function._forward_hooks or function._forward_pre_hooks
-        if len(arguments) != 1 or named or is_hooked or not _is_plain(arguments[0]) or _wants_gradient(self.module):
-            return self.original(*arguments, **named)
-        return self._forward(arguments[0], None)
+        module = self.module
+        x: Any = arguments[0] if len(arguments) == 1 and not named else None
+        is_ours = (
+            _is_plain(x)
+            and x.dtype == self.dtype
+            and _is_the_same(module.act_fn, self.activation)
+            and not module.training
+            and not _wants_gradient(module)
+        )
+        return self._forward(x, None) if is_ours else self.original(*arguments, **named)
+
+
+def _is_the_same(function: nn.Module, proven: nn.Module) -> bool:
+    """Whether a module without parameters is the one that was proven, and nothing was put around it since."""
+    is_hooked = function._forward_hooks or function._forward_pre_hooks or "forward" in vars(function)
+    return function is proven and not is_hooked
 
 
 def _wants_gradient(module: nn.Module) -> bool:
@@ -162,7 +183,9 @@ def _wants_gradient(module: nn.Module) -> bool:
 
 
 class _RecordedCache:
-    """Stands for a cache in a sample. It returns other keys and values than it is given, and records its arguments."""
+    """Stands for a cache in a sample. It records its arguments, and returns other keys and values: those of later
+    tokens first, and keys as small as their queries are large, so that no query has one key alone.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, int]] = []
@@ -171,15 +194,17 @@ class _RecordedCache:
     def update(self, keys: Tensor, values: Tensor, layer: int, **named: Any) -> tuple[Tensor, Tensor]:
         self.calls.append((keys, values, layer))
         self.named |= named.keys()
-        return keys.flip(2), values.flip(2)
+        return (keys / keys.abs().amax((1, 2, 3), True).square()).flip(2), values.flip(2)
 
 
 CACHES = {"cache", "past_key_values"}  # names of the argument for the cache, new and old
+TAKEN = {"self", "hidden_states", "position_embeddings", "attention_mask"}  # the arguments of attention, with **kwargs
 
 
 class FusedAttention(FusedForward):
     """Attention with rotary embeddings.
 
+    dtype        of its proof
     cache        the name of the argument for the cache
     tells_cache  whether the cache is told the other arguments
     """
@@ -187,35 +212,50 @@ class FusedAttention(FusedForward):
     words = "rotate_halves"
     cache, tells_cache = "cache", False
 
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(module)
+        self.dtype = dtype
+
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype) -> Self | None:
         children: dict[str, Any] = dict(module.named_children())
-        parameters = inspect.signature(type(module).forward).parameters
-        given = {"hidden_states", "position_embeddings", "attention_mask"} <= parameters.keys()
+        named = {p.name for p in inspect.signature(type(module).forward).parameters.values() if p.kind != p.VAR_KEYWORD}
         own = all(hasattr(module, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
-        if not given or not own or not {"q_proj", "k_proj", "v_proj", "o_proj"} <= children.keys():
+        if not own or not {"q_proj", "k_proj", "v_proj", "o_proj"} <= children.keys() or not named >= TAKEN:
             return None
-        fused, tokens, width = cls(module), 3, module.head_dim
-        fused.cache = "cache" if "cache" in parameters else "past_key_values"
+        fused = cls(module, dtype)
+        fused.cache = "cache" if "cache" in named else "past_key_values"
         columns = getattr(children["q_proj"], "in_features", None)
         attend = fused._attention()
-        if module.training or columns is None or not isinstance(width, int) or attend is None:
+        if named != TAKEN | {fused.cache} or module.training or columns is None or attend is None:
             return None
-        cos, sin = _sample(2, 1, tokens, width, dtype=dtype)
+        return fused if isinstance(module.head_dim, int) and fused._agrees(attend, columns) else None
+
+    def _agrees(self, attend: Callable[..., Any], columns: int) -> bool:
+        """Whether the module has the bits of this forward, without a mask and with one, at places of a long text."""
+        tokens, dtype = 3, self.dtype
+        cos, sin = _sample(2, 1, tokens, self.module.head_dim, dtype=dtype)
         x = _sample(2, tokens, columns, dtype=dtype)
-        theirs, ours = _RecordedCache(), _RecordedCache()
-        try:
-            named = {"position_embeddings": (cos, sin), "attention_mask": None}
-            expected, _ = fused.original(hidden_states=x, **named, **{fused.cache: theirs})
-            fused.tells_cache = "kwargs" in theirs.named
-            found, _ = fused._forward(attend, x, cos, sin, None, ours, {})
-        except UNLIKE:
-            return None
-        pairs = [(expected, found)]
-        for (keys, values, layer), (own_keys, own_values, own_layer) in zip(theirs.calls, ours.calls):
-            pairs += [(keys, own_keys), (values, own_values), (torch.tensor(layer), torch.tensor(own_layer))]
-        is_equal = len(theirs.calls) == 1 and theirs.named <= {"kwargs"} and all(torch.equal(a, b) for a, b in pairs)
-        return fused if is_equal else None
+        x[1] *= LARGE
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device="cpu").tril().expand(2, 1, tokens, tokens)
+        places = {"position_ids": 2**20 + torch.arange(tokens, device="cpu").expand(2, tokens)}
+        more: dict[str, Any]
+        for seen, more in ((None, {}), (mask, places)):
+            theirs, ours = _RecordedCache(), _RecordedCache()
+            named = {"position_embeddings": (cos, sin), "attention_mask": seen, self.cache: theirs}
+            try:
+                expected, _ = self.original(hidden_states=x, **named, **more)
+                self.tells_cache = "kwargs" in theirs.named
+                found, _ = self._forward(attend, x, cos, sin, seen, ours, more)
+            except UNLIKE:
+                return False
+            pairs = [(expected, found)]
+            for (keys, values, layer), (own_keys, own_values, own_layer) in zip(theirs.calls, ours.calls):
+                pairs += [(keys, own_keys), (values, own_values), (torch.tensor(layer), torch.tensor(own_layer))]
+            is_told = len(theirs.calls) == 1 and theirs.named <= {"kwargs"}
+            if not is_told or not all(torch.equal(a, b) for a, b in pairs):
+                return False
+        return True
 
     def _attention(self) -> Callable[..., Any] | None:
         """transformers' call of torch's scaled dot product attention, if the model uses it."""
@@ -242,6 +282,11 @@ class FusedAttention(FusedForward):
         y, weights = attend(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **rest)
         return module.o_proj(y.reshape(*lead, -1).contiguous()), weights
 
+    def _fit(self, x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Whether these have the shapes of `rotate_halves`."""
+        tail = (*x.shape[1:2], self.module.head_dim)
+        return x.dim() == 3 and cos.shape == sin.shape and cos.shape in ((1, *tail), (len(x), *tail))
+
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         rest = dict(named)
         x, mask, cache = rest.pop("hidden_states", None), rest.pop("attention_mask", None), rest.pop(self.cache, None)
@@ -251,7 +296,8 @@ class FusedAttention(FusedForward):
             and isinstance(positions, tuple)
             and len(positions) == 2
             and _is_plain(x, *positions)
-            and all(p.shape[1:] == (x.shape[1], self.module.head_dim) for p in positions)
+            and x.dtype == self.dtype
+            and self._fit(x, *positions)
             and not rest.keys() & CACHES
             and not self.module.training
             and not _wants_gradient(self.module)
@@ -278,10 +324,13 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> None:
     """Put fused forwards into the modules of a prepared model on the CPU. A module with another forward is left alone.
 
     Each module is proven, since modules of a class may differ: some models rotate in some of their layers only. That
-    takes about as long as two steps of decoding.
+    takes about as long as three steps of decoding. A second call proves them again, for what has changed.
 
-    dtype  of its hidden states; nothing is done for one that the library doesn't take
+    dtype  of its hidden states; nothing is fused for one that the library doesn't take
     """
+    for module in model.modules():
+        if fused_forward(module) is not None:
+            del module.forward
     if dtype not in TYPES:
         return
     for module in model.modules():
