@@ -261,8 +261,8 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
 
 def _refuse_order(block: nn.Module, hidden: Tensor, call: Call, where: str) -> None:
     """raises ModelError for a causal model: all votes go to its first token, and generation needs every key"""
-    changed = hidden.clone()
-    changed[0, -1] += 1  # the first sample has no padding
+    changed = hidden.clone()  # in the first sample, which has no padding
+    changed[0, -1] = changed[0, -1].flip(-1)  # not by a constant or a factor, which a norm would remove
     before, after = (_stream(block(x, *call.args, **call.kwargs)) for x in (hidden, changed))
     if torch.equal(before[0, 0], after[0, 0]):
         raise ModelError(

@@ -41,8 +41,8 @@ class Decoder:
 
 def rounded(linear: nn.Linear, group: int) -> PackedLinear:
     """The layer in 4 bits, rounded to nearest, in symmetric groups."""
-    grouped = linear.weight.detach().unflatten(1, (-1, group))
-    grid = find_grid(grouped, 4, True, "minmax", grouped.dtype)
+    grouped = linear.weight.detach().float().unflatten(1, (-1, group))
+    grid = find_grid(grouped, 4, True, "minmax", linear.weight.dtype)
     codes = quantize(grouped, grid).flatten(1).to(torch.int8)
     return PackedLinear.pack(codes, grid.scale, None, bits=4, group_size=group, symmetric=True)
 

@@ -4,10 +4,11 @@
 
 The order of imports matters: torch reads at its import how its threads wait.
 
-KIND is a model to ask: `prepared` (W4A8), `weight-only` (W4A16), `dense` (bfloat16), `dense32` (float32), or
-`unmultiplied`, which is `dense` with linear layers that return zeros at once, so that only the work of transformers and
-torch beside them is left. Or it is something to write to DIR: `write`, a checkpoint to compress, or `codes`, the
-integers of `prepared` for llama.cpp (peers/llama_cpp_model.py).
+KIND is a model to ask: `prepared` (W4A8), `unfused` (the same with the forwards of transformers' modules),
+`weight-only` (W4A16), `dense` (bfloat16), `dense32` (float32), or `unmultiplied`, which is `dense` with linear layers
+that return zeros at once, so that only the work of transformers and torch beside them is left. Or it is something to
+write to DIR: `write`, a checkpoint to compress, or `codes`, the integers of `prepared` for llama.cpp
+(peers/llama_cpp_model.py).
 
 A line of standard input is `TASK AMOUNT REPEATS SECONDS`: decode a step of AMOUNT sequences, prefill AMOUNT tokens, or
 generate AMOUNT tokens, REPEATS times, or as often as it begins within SECONDS. The answer is a line of JSON: the
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
 from compressor.kernels.prepared.dispatch import IntegerWeight
+from compressor.kernels.prepared.fused_forward import fused_forward
 from compressor.kernels.prepared.prepare import prepare
 from compressor.kernels.prepared.stock import adopt
 from compressor.layers.packed_linear import PackedLinear
@@ -76,9 +78,13 @@ def model_to_ask(kind: str, name: str) -> LlamaForCausalLM:
     model = model.bfloat16()
     if kind == "unmultiplied":
         return unmultiplied(model)
-    if kind in ("prepared", "weight-only"):
+    if kind in ("prepared", "unfused", "weight-only"):
         model = packed(model, GROUP)
-        prepare(model, activations="int8" if kind == "prepared" else None, strict=True)
+        prepare(model, activations=None if kind == "weight-only" else "int8", strict=True)
+        if kind == "unfused":
+            for module in model.modules():
+                if fused_forward(module) is not None:
+                    del module.forward
     elif kind != "dense":
         raise ValueError(f"{kind!r} is no kind of model")
     return model

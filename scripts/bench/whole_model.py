@@ -10,6 +10,7 @@ compared with the dense model in bfloat16 and float32 by torch as a user gets it
 and with the same codes as Q4_0 by llama.cpp, from an environment of its own (peers/requirements-llama-cpp.txt). Their
 logits are compared before they are timed.
 
+`W4A8, not fused` has the forwards of transformers' norms, MLPs and attention in place of those of this package.
 `transformers alone` is the dense model with linear layers that return zeros at once: the time of everything else.
 
 Each candidate is a process with as many threads as torch takes. All take a task in turn, in another order each round;
@@ -38,10 +39,12 @@ from workers import HERE, Candidate, Worker, plain_environment, ratio
 from compressor.evaluation.environment import cpu_name
 from compressor.process.idle_threads import environment_of_user
 
-OURS, WEIGHT_ONLY, DENSE, DENSE32, ALONE = "W4A8", "W4A16", "dense bf16", "dense float32", "transformers alone"
+OURS, UNFUSED, WEIGHT_ONLY = "W4A8", "W4A8, not fused", "W4A16"
+DENSE, DENSE32, ALONE = "dense bf16", "dense float32", "transformers alone"
 LLAMA_CPP = "llama.cpp Q4_0"
 CANDIDATES = (
     Candidate(OURS),
+    Candidate(UNFUSED, kind="unfused"),
     Candidate(WEIGHT_ONLY, kind="weight-only"),
     Candidate(DENSE, kind="dense", first="torch"),
     Candidate(DENSE32, kind="dense32", first="torch"),

@@ -16,7 +16,7 @@ SUPPORT = ROOT / "tests" / "support"
 SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only", "gptq_solve")
 UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
-UNITS += ("scale_search", "second_moments", "threads")
+UNITS += ("scale_search", "second_moments", "block_functions", "threads")
 WIDE = ("int8_avx2", "int8_avx512", "int8_amx")  # many sizes of registers, each a template
 CHECKS = ("kernels_check", "kernels_check_ops", "kernels_check_threads")
 FEATURES = Path("/proc/cpuinfo").read_text()
@@ -196,6 +196,31 @@ MUTANTS = [
     ("entries below the diagonal", "second_moments", "j = std::max(i, J * SIDE)", "j = J * SIDE"),
     ("not a number is kept", "second_moments", "keep == 0 ? added : ", ""),
     ("rows in one piece", "second_moments", "matrix[i * stride + j]", "matrix[i * columns + j]"),
+    ("product not rounded before the gain", "block_functions", "if (t.rounds) N::round(v);", ""),
+    ("eps left out", "block_functions", "float(t.columns) + t.eps", "float(t.columns)"),
+    ("gain without its offset", "block_functions", "v *= t.offset + weight", "v *= weight"),
+    ("last sums of a row twice", "block_functions", "first + k, std::min<int64_t>(W", "first, std::min<int64_t>(W"),
+    ("sums of other lanes", "block_functions", "lanes[l] += lanes[l + half]", "lanes[l] += lanes[half]"),
+    ("last numbers of a row not stored", "block_functions", "if (count < W) memcpy(end", "if (false) memcpy(end"),
+    ("number after the last", "block_functions", "if (count < W) memset", "if (false) memset"),
+    ("half of a bfloat16 rounded up", "block_functions", "(bits >> 16 & 1)", "1"),
+    ("silu not rounded", "block_functions", "N::round(gate);", ""),
+    (
+        "power of the other half",
+        "block_functions",
+        "high = (power - (power >> 1) + 127)",
+        "high = ((power >> 1) + 127)",
+    ),
+    ("power too large", "block_functions", "t > 89.f ? Vector{} + 89.f : t", "t"),
+    ("other half without its sign", "block_functions", "i ? x[0] : -x[1]", "i ? x[0] : x[1]"),
+    ("angles of the first sequence", "block_functions", "sequence * t.sequence_stride + token", "token"),
+    (
+        "cosines of the first half",
+        "block_functions",
+        "load(cos[i], t.cos, place + i * half",
+        "load(cos[i], t.cos, place",
+    ),
+    ("heads after tokens", "block_functions", "((sequence * t.heads + h) * t.tokens + token)", "(m * t.heads + h)"),
     ("first task of a run left out", "threads", "int64_t i = begin; i < end", "int64_t i = begin + 1; i < end"),
     ("last task left out", "threads", "begin < count;", "begin < count - 1;"),
     ("run of another thread again", "threads", "exchange_weak(begin, end)", "exchange_weak(begin, begin + 1)"),
@@ -224,6 +249,7 @@ OPERATIONS = {
     "gptq_solve": (("columns",),),
     "scale_search": (("scales",),),
     "second_moments": (("moments",),),
+    "block_functions": (("norms",), ("gates",), ("rotations",)),
     "threads": (("threads",),),
 }
 HEADERS = {path.name: path.read_text() for path in SOURCES.glob("*.h")} if SOURCES.is_dir() else {}
@@ -242,6 +268,7 @@ BEYOND = {
     "entry after the last",
     "lane beyond the last row",
     "group after the last",
+    "number after the last",
 }
 
 

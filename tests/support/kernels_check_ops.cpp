@@ -441,6 +441,106 @@ bool moments(int64_t& calls) {
   return second_moments(0, 1, nullptr, nullptr, nullptr, 1, 3, 2, 1, 1) == BAD_SHAPE && second_moments(AMX + 1, 1, nullptr, nullptr, nullptr, 1, 0, 0, 1, 1) == BAD_LEVEL;
 }
 
+// A number as it is stored, and back.
+float kept(float value, int64_t dtype) { return read_back(stored({value}, dtype), dtype)[0]; }
+
+// Norms of whole numbers, whose squares have exact sums in any order, have the bits of this formula; those of others are within its bound.
+bool norms(int64_t& calls) {
+  for (const auto& s : std::vector<std::vector<int64_t>>{{1, 1}, {3, 5}, {2, 16}, {4, 70}, {3, 259}, {130, 100}, {0, 8}})
+    for (const int64_t dtype : {FLOAT32, BFLOAT16})
+      for (const int form : {0, 1, 2, 3}) {
+        const int64_t M = s[0], K = s[1], rounds = form % 2;
+        const bool whole = form < 2;
+        const double eps = 1e-3, offset = form == 2;
+        std::vector<float> values = floats(M * K);
+        for (auto& v : values) v = whole ? float(int(draw() % 9) - 4) : v;
+        const auto x = stored(values, dtype), weight = stored(floats(K), dtype);
+        std::vector<uint8_t> y;
+        if (!agree(x.size(), y, calls, [&](int64_t level, int64_t threads, void* to) {
+              return rms_norm(level, threads, x.data(), dtype, weight.data(), to, M, K, eps, offset, rounds);
+            }))
+          return false;
+        const auto xs = read_back(x, dtype), ws = read_back(weight, dtype), found = read_back(y, dtype);
+        for (int64_t m = 0; m < M; m++) {
+          double sum = 0;
+          for (int64_t k = 0; k < K; k++) sum += double(xs[size_t(m * K + k)]) * xs[size_t(m * K + k)];
+          const float factor = 1 / std::sqrt(float(sum) / float(K) + float(eps));
+          for (int64_t k = 0; k < K; k++) {
+            const float value = xs[size_t(m * K + k)] * factor, gain = float(offset) + ws[size_t(k)], result = found[size_t(m * K + k)];
+            const float expected = kept((rounds ? kept(value, dtype) : value) * gain, dtype);
+            const double unit = std::ldexp(1, dtype == FLOAT32 ? -20 : -6);
+            if (whole ? to_bits(expected) != to_bits(result) : std::fabs(expected - result) > unit * std::fabs(expected)) return false;
+          }
+        }
+      }
+  return rms_norm(0, 1, nullptr, FLOAT32, nullptr, nullptr, 1, 0, 0, 0, 0) == BAD_SHAPE &&
+         rms_norm(0, 1, nullptr, FLOAT16, nullptr, nullptr, 1, 1, 0, 0, 0) == BAD_DTYPE &&
+         rms_norm(AMX + 1, 1, nullptr, FLOAT32, nullptr, nullptr, 1, 1, 0, 0, 0) == BAD_LEVEL;
+}
+
+bool gates(int64_t& calls) {
+  for (const int64_t count : {1, 5, 16, 100, 8192 + 37})
+    for (const int64_t dtype : {FLOAT32, BFLOAT16}) {
+      std::vector<float> values = floats(count), others = floats(count);
+      for (int64_t k = 0; k < count; k++) values[size_t(k)] *= k % 3 ? 2.f : 40.f;
+      const float special[] = {NAN, INFINITY, -INFINITY, 0.f, -0.f, 87.f, -87.f, 104.f, -200.f};
+      for (int64_t k = 0; k < count && k < 9; k++) values[size_t(k)] = special[k];
+      const auto gate = stored(values, dtype), up = stored(others, dtype);
+      std::vector<uint8_t> y;
+      if (!agree(gate.size(), y, calls, [&](int64_t level, int64_t threads, void* to) {
+            return silu_product(level, threads, gate.data(), up.data(), dtype, to, count);
+          }))
+        return false;
+      const auto gs = read_back(gate, dtype), us = read_back(up, dtype), found = read_back(y, dtype);
+      for (int64_t k = 0; k < count; k++) {
+        const float result = found[size_t(k)];
+        const double exact = gs[size_t(k)] / (1 + std::exp(-double(gs[size_t(k)])));
+        if (std::isnan(exact) || std::isinf(exact)) {
+          if (std::isnan(exact) != std::isnan(result) || std::isfinite(result)) return false;
+          continue;
+        }
+        bool is_close = std::fabs(result - exact * us[size_t(k)]) <= 6 * std::ldexp(std::fabs(exact * us[size_t(k)]), -24) + 1e-37;
+        for (const int step : {-4, 0, 4})  // silu before it is rounded
+          is_close = is_close || result == kept(kept(float(exact * (1 + std::ldexp(step, -24))), dtype) * us[size_t(k)], dtype);
+        if (!is_close) return false;
+      }
+    }
+  return silu_product(0, 1, nullptr, nullptr, FLOAT32, nullptr, -1) == BAD_SHAPE && silu_product(0, 1, nullptr, nullptr, FLOAT16, nullptr, 0) == BAD_DTYPE &&
+         silu_product(AMX + 1, 1, nullptr, nullptr, FLOAT32, nullptr, 0) == BAD_LEVEL;
+}
+
+// Rotations have the bits of products that are rounded and then added.
+bool rotations(int64_t& calls) {
+  for (const auto& s : std::vector<std::vector<int64_t>>{{1, 1, 1, 2}, {2, 3, 2, 10}, {1, 5, 3, 64}, {3, 1, 4, 34}, {2, 2, 2, 96}, {0, 1, 1, 4}})
+    for (const int64_t dtype : {FLOAT32, BFLOAT16})
+      for (const bool shared : {true, false}) {
+        const int64_t sequences = s[0], tokens = s[1], heads = s[2], width = s[3], stride = shared ? 0 : tokens;
+        const int64_t angles = (shared ? 1 : sequences) * tokens * width;
+        const auto x = stored(floats(sequences * tokens * heads * width), dtype), cos = stored(floats(angles), dtype), sin = stored(floats(angles), dtype);
+        std::vector<uint8_t> y;
+        if (!agree(x.size(), y, calls, [&](int64_t level, int64_t threads, void* to) {
+              return rotate_halves(level, threads, x.data(), dtype, cos.data(), sin.data(), to, sequences, tokens, heads, width, stride);
+            }))
+          return false;
+        const auto xs = read_back(x, dtype), cs = read_back(cos, dtype), ss = read_back(sin, dtype);
+        std::vector<float> wanted(xs.size());
+        for (int64_t b = 0; b < sequences; b++)
+          for (int64_t t = 0; t < tokens; t++)
+            for (int64_t h = 0; h < heads; h++)
+              for (int64_t d = 0; d < width; d++) {
+                const int64_t from = ((b * tokens + t) * heads + h) * width, angle = (b * stride + t) * width + d, half = width / 2;
+                const float other = d < half ? -xs[size_t(from + d + half)] : xs[size_t(from + d - half)];
+                const float straight = kept(xs[size_t(from + d)] * cs[size_t(angle)], dtype), crossed = kept(other * ss[size_t(angle)], dtype);
+                wanted[size_t(((b * heads + h) * tokens + t) * width + d)] = straight + crossed;
+              }
+        if (y != stored(wanted, dtype)) return false;
+      }
+  return rotate_halves(0, 1, nullptr, FLOAT32, nullptr, nullptr, nullptr, 0, 1, 1, 3, 0) == BAD_SHAPE &&
+         rotate_halves(0, 1, nullptr, FLOAT32, nullptr, nullptr, nullptr, 0, 1, 1, 4, 2) == BAD_SHAPE &&
+         rotate_halves(0, 1, nullptr, FLOAT16, nullptr, nullptr, nullptr, 0, 1, 1, 4, 0) == BAD_DTYPE &&
+         rotate_halves(AMX + 1, 1, nullptr, FLOAT32, nullptr, nullptr, nullptr, 0, 1, 1, 4, 0) == BAD_LEVEL;
+}
+
 // Numbers to 16 bits and back at every level: the bits of the scalar ones, NaN a NaN.
 bool conversions(int64_t& calls) {
   std::vector<float> values;
@@ -475,7 +575,8 @@ int check_ops(int64_t& calls, const std::string& name) {
   };
   const Check checks[] = {{"integers", integers}, {"transforms", transforms}, {"factors", factors}, {"tables", tables},
                           {"roots", roots}, {"conversions", conversions}, {"products", products}, {"columns", columns},
-                          {"scales", scales}, {"moments", moments}};
+                          {"scales", scales}, {"moments", moments}, {"norms", norms}, {"gates", gates},
+                          {"rotations", rotations}};
   int code = 20;
   bool is_known = name.empty();
   for (const Check& check : checks) {

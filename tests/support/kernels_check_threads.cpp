@@ -70,8 +70,10 @@ int check_late_team() {
   use_parallel_for(reinterpret_cast<void*>(run_late));
   for (int i = 0; i < 3; i++) parallel(2, 100, [](int64_t) {});
   if (calls != 1) return 36;  // the second and the third worked alone
-  std::this_thread::sleep_for(std::chrono::milliseconds(400));  // more than 8 times what was lost
-  parallel(2, 100, [](int64_t) {});
+  for (int i = 0; i < 25 && calls == 1; i++) {  // until 8 times what was lost, which is more on a busy machine
+    std::this_thread::sleep_for(std::chrono::milliseconds(400));
+    parallel(2, 100, [](int64_t) {});
+  }
   return calls == 2 ? 0 : 37;
 }
 }  // namespace

@@ -23,7 +23,7 @@ import torch
 from compressor.errors import KernelError
 
 LEVELS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
-ABI = 10
+ABI = 11
 PARALLEL_FOR = "torch_parallel_for"  # of torch's stable ABI, torch/csrc/stable/c/shim.h
 SET_THREADS = "omp_set_num_threads"  # of the OpenMP runtime that torch uses
 RECORD = Path(__file__).parent.parent / "_cpu_build.txt"

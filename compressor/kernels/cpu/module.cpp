@@ -56,7 +56,7 @@ PyMethodDef methods[] = {
     BIND(linear_weight_only_parts), BIND(linear_int8_outlier), BIND(gptq_solve),
     BIND(scale_search), BIND(has_bfloat16_products), BIND(second_moments),
     BIND(int8_matmul), BIND(hadamard), BIND(linear_dense_sparse), BIND(table_lookup),
-    BIND(table_inverse_root), BIND(linear_dense),
+    BIND(table_inverse_root), BIND(linear_dense), BIND(rms_norm), BIND(silu_product), BIND(rotate_halves),
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 
@@ -64,6 +64,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nu
 
 PyMODINIT_FUNC PyInit__cpu() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddIntConstant(module, "ABI", 10)) { Py_DECREF(module); return nullptr; }
+  if (module && PyModule_AddIntConstant(module, "ABI", 11)) { Py_DECREF(module); return nullptr; }
   return module;
 }

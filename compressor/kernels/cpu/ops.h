@@ -66,4 +66,13 @@ int64_t linear_dense(int64_t level, int64_t threads, const void* x, const void* 
 // 1 / sqrt(x) for x = a * 4^s, a in [1, 4), where 1 / sqrt(1 + i * step) is table[i].
 int64_t table_inverse_root(int64_t level, const float* x, const float* table, float* y, int64_t count, int64_t entries, double step,
                            int64_t linear);
+// y (M, K) = x * r * (offset + weight (K,)), r = 1 / sqrt(mean of x^2 + eps) of a row; all of one type. rounds: x * r is rounded to it.
+int64_t rms_norm(int64_t level, int64_t threads, const void* x, int64_t dtype, const void* weight, void* y, int64_t M, int64_t K, double eps,
+                 double offset, int64_t rounds);
+// y = gate / (1 + exp(-gate)), rounded to the type, times up.
+int64_t silu_product(int64_t level, int64_t threads, const void* gate, const void* up, int64_t dtype, void* y, int64_t count);
+// y (sequences, heads, tokens, width) = x (sequences, tokens, heads, width) times cos, plus (-second, first) half of x times sin, each product
+// rounded to the type. cos, sin (sequences or 1, tokens, width): sequence_stride is `tokens`, or 0 if all sequences share them.
+int64_t rotate_halves(int64_t level, int64_t threads, const void* x, int64_t dtype, const void* cos, const void* sin, void* y, int64_t sequences,
+                      int64_t tokens, int64_t heads, int64_t width, int64_t sequence_stride);
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.kernels.cpu import LEVELS
+from compressor.kernels.cpu import LEVELS, Library
 from compressor.kernels.cuda import devices, ds1
 from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import torch_products as torch_ops
@@ -171,12 +171,16 @@ def choose_lookup_table(table: Tensor, op: str) -> Choice:
     return Choice(REFERENCE, None, (*skipped, f"{TORCH_OP} (the reference is torch's operations already)"))
 
 
+def fast_library() -> Library | None:
+    """The compiled library, if it is there and faster than torch at what torch has operations for."""
+    found = tried_library()
+    return None if isinstance(found, str) or LEVELS[found.level] == "scalar" else found
+
+
 def choose_dense(weight: Tensor) -> Choice | None:
     """The library's matmul with a dense weight (out, in); None if torch's is used."""
-    found = tried_library()
-    if isinstance(found, str) or LEVELS[found.level] == "scalar" or weight.device.type != "cpu":
-        return None
-    if weight.dtype not in DTYPES:
+    found = fast_library()
+    if found is None or weight.device.type != "cpu" or weight.dtype not in DTYPES:
         return None
     return Choice(found.kernel, "linear_dense", (f"{devices.NAME} ({_on_the_cpu('weights')})",))
 

@@ -17,7 +17,15 @@ from compressor.errors import KernelError
 from compressor.kernels.cpu.reserved_threads import reserve_for_few
 from compressor.kernels.ops.dense_product import MOST_ROWS
 from compressor.kernels.ops.linear import BYTES_A_THREAD
-from compressor.kernels.prepared.dispatch import DYNAMIC_INT8, Choice, choose, choose_dense, choose_lookup_table
+from compressor.kernels.prepared.dispatch import (
+    DYNAMIC_INT8,
+    Choice,
+    choose,
+    choose_dense,
+    choose_lookup_table,
+    fast_library,
+)
+from compressor.kernels.prepared.fused_forward import fuse, fused_forward
 from compressor.kernels.prepared.prepared_dense import PreparedDense
 from compressor.kernels.prepared.prepared_linear import PreparedInteger, PreparedLinear, prepared_linear
 from compressor.kernels.prepared.prepared_lookup_table import OPS, PreparedLookupTable, reads_lookup_table
@@ -32,7 +40,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     """Put kernels into a model, in place. Its class, its other modules and its state_dict don't change.
 
     model        with layers of this package (`compressor.load`), or of compressed-tensors as transformers loads them;
-                 if it has any, its dense linear layers multiply few rows with the CPU library too
+                 if it has any, its dense linear layers multiply few rows with the CPU library too, and its norms, gated
+                 MLPs and attention get fused forwards (`fused_forward`)
     activations  None: weight-only; results differ from the reference by float32 rounding. "int8": dynamic activation
                  quantization, row by row: faster and less exact. A prepared model can be prepared again with other
                  activations, or after it was moved
@@ -90,6 +99,8 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         if _multiplies_by_kernels(model):
             reserve_for_few(model)
     _share_inputs(model)
+    if inputs is not None and any(isinstance(module, PreparedLinear) for module in model.modules()) and fast_library():
+        fuse(model, inputs)
     for reason in sorted({" | ".join(choice.skipped) for choice in choices.values() if choice.is_fallback}):
         warnings.warn(f"layers are left to a torch op or the reference: {reason}", stacklevel=2)
     return choices
@@ -176,6 +187,9 @@ def explain(model: nn.Module) -> str:
         else:
             lines.append(f"{name}   {form}   {choice.kernel}")
         lines.append(f"  not used: {' | '.join(choice.skipped)}")
+    for name, module in model.named_modules():
+        if (fused := fused_forward(module)) is not None:
+            lines.append(f"{name}   {type(module).__name__}   fused forward   {fused.words}")
     return "\n".join(lines)
 
 

@@ -105,6 +105,7 @@ def _problems() -> Iterator[Problem]:
     yield _columns()
     yield from _scales(made)
     yield _moments(x)
+    yield from _block_functions(x, made)
 
 
 def _at(tensor: Tensor | None) -> int:
@@ -325,3 +326,34 @@ def _moments(x: Tensor) -> Problem:
 
     allowed = (ROWS + 3) * UNIT * (2 + x.double().abs().t() @ x.double().abs())
     return Problem("second_moments", call, (2 + 0.5 * exact).triu(), allowed)
+
+
+def _block_functions(x: Tensor, made: torch.Generator) -> Iterator[Problem]:
+    """What a block computes between its products. Rotations are those of torch, bit for bit."""
+    weight, other, eps = torch.randn(COLUMNS, generator=made), torch.randn(ROWS, COLUMNS, generator=made), 1e-5
+
+    def norm(functions: ModuleType, level: int) -> tuple[int, Tensor]:
+        y = _nothing(ROWS, COLUMNS)
+        return functions.rms_norm(level, 1, _at(x), 0, _at(weight), _at(y), ROWS, COLUMNS, eps, 1.0, 1), y
+
+    inputs = x.double()
+    expected = inputs * torch.rsqrt(inputs.square().mean(1, keepdim=True) + eps) * (1 + weight.double())
+    yield Problem("rms_norm", norm, expected, 16 * UNIT * expected.abs())
+
+    def gate(functions: ModuleType, level: int) -> tuple[int, Tensor]:
+        y = _nothing(ROWS, COLUMNS)
+        return functions.silu_product(level, 1, _at(x), _at(other), 0, _at(y), x.numel()), y
+
+    expected = inputs / (1 + torch.exp(-inputs)) * other.double()
+    yield Problem("silu_product", gate, expected, 8 * UNIT * expected.abs())
+    heads, width = 2, COLUMNS // 2
+    cos, sin = torch.randn(2, ROWS, width, generator=made)
+    split = x.view(ROWS, heads, width).transpose(0, 1)  # (heads, tokens, width)
+
+    def rotate(functions: ModuleType, level: int) -> tuple[int, Tensor]:
+        y = _nothing(heads, ROWS, width)
+        error = functions.rotate_halves(level, 1, _at(x), 0, _at(cos), _at(sin), _at(y), 1, ROWS, heads, width, 0)
+        return error, y
+
+    first, second = split.chunk(2, -1)
+    yield Problem("rotate_halves", rotate, split * cos + torch.cat([-second, first], -1) * sin)
