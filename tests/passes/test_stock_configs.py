@@ -12,6 +12,7 @@ from compressor.analysis import model_facts
 from compressor.engine import plan as planning
 from compressor.engine.plan import make_plan
 from compressor.errors import ModelError, PreflightError
+from compressor.methods.pruning.removal_trials import Losses
 from compressor.model.redefined_structure import check_redefinition
 from compressor.passes.greedy_removal import Search
 from compressor.recipe.recipe import parse_recipe
@@ -86,8 +87,8 @@ def test_greedy_removal_ends_with_a_stock_model_whatever_the_losses_are(family, 
     sites = facts.prunable()
     search = Search(
         settings,
-        (0.0, 0.0),
-        lambda _gone: (0.0, 0.0),
+        Losses(0.0, 0.0),
+        lambda _gone: Losses(0.0, 0.0),
         lambda _gone: False,
         sites,
         fits=lambda gone: settings._why_not_stock(facts, sites, gone) is None,
