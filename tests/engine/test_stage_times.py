@@ -209,7 +209,7 @@ KINDS = {torch.bfloat16: "products", torch.float32: "exact", torch.float64: "dou
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations of all matmuls by the kind of work, and n^3 of spectra."""
+    """Counts the operations of matmuls, Cholesky factors and solves by the kind of work, and n^3 of spectra."""
 
     def __init__(self):
         super().__init__()
@@ -220,6 +220,10 @@ class Operations(TorchDispatchMode):
         name = func._schema.name.split("::")[1].rstrip("_")
         if name in ("mm", "addmm", "bmm"):
             self.counted[KINDS[tensors[-1].dtype]] += 2 * tensors[-2].numel() * tensors[-1].shape[-1]
+        elif name == "linalg_cholesky_ex":
+            self.counted[KINDS[tensors[0].dtype]] += tensors[0].shape[-1] ** 3 / 3
+        elif name == "cholesky_solve":
+            self.counted[KINDS[tensors[0].dtype]] += 2 * tensors[0].numel() * tensors[1].shape[-1]
         elif name == "_linalg_eigh":
             self.counted["spectra"] += tensors[0].shape[-1] ** 3
         return func(*args, **(kwargs or {}))
