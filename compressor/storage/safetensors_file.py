@@ -11,8 +11,8 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,19 @@ def read_bytes(info: TensorInfo) -> Tensor:
     if not buffer:
         return torch.empty(shape, dtype=info.dtype)
     return torch.frombuffer(buffer, dtype=info.dtype).reshape(shape)
+
+
+def read_slices(info: TensorInfo) -> Iterator[Tensor]:
+    """The slices of a tensor along its first dimension, one after the other. Each is a private copy.
+
+    A tensor that is stored quantized is dequantized as a whole.
+    """
+    if info.decode is not None or info.small is not None:
+        yield from (part.clone() for part in read_bytes(info))
+        return
+    size = info.nbytes // max(1, info.shape[0])
+    for number in range(info.shape[0]):
+        yield read_bytes(replace(info, shape=info.shape[1:], offset=info.offset + number * size, nbytes=size))
 
 
 def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
