@@ -12,7 +12,7 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 from compressor.data.samples import load_samples
-from compressor.engine import block_view, calibration_batch, sweep
+from compressor.engine import block_view, calibration_batch, estimates, sweep
 from compressor.engine import plan as planning
 from compressor.engine.plan import make_plan
 from compressor.errors import PassError
@@ -139,3 +139,36 @@ def test_a_plan_spills_hidden_states_only_if_they_do_not_fit(tmp_path):
     assert small.peak_memory_bytes <= 2 << 30 < 4 * kept < large.peak_memory_bytes
     assert small.disk_bytes - large.disk_bytes == pytest.approx(2 * kept, rel=1e-3)  # before and after a block
     assert sizes(b"100MiB")[1] == ["memory"]
+
+
+@pytest.mark.parametrize(
+    ("step", "maps"),
+    [
+        ("rtn, group_size: 32", True),
+        ("low_rank, only: ['@attention']", True),
+        ("awq, group_size: 32", False),
+        ("dsformer, only: ['@attention']", False),
+    ],
+)
+def test_a_plan_maps_experts_only_if_they_do_not_fit(step, maps, tmp_path, monkeypatch):
+    """Not for a pass that holds more than one expert at a time."""
+    monkeypatch.setattr(estimates, "INTERPRETER_BYTES", 0)
+    monkeypatch.setattr(estimates, "CHUNK_BYTES", 0)
+    model = tiny.save("qwen3_moe", tmp_path / "m", dtype=torch.bfloat16, num_experts=64, moe_intermediate_size=128)
+    experts = 64 * 3 * 32 * 128 * 2
+
+    def planned(memory):
+        recipe = b"version: 1\ndata: {source: random, samples: 2, length: 8}\nsteps: [{pass: %s}]\n" % step.encode()
+        overrides = [f"limits.memory={memory}", "eval.data.length=8", "eval.batch_size=1"]
+        plan = make_plan(parse_recipe(recipe, overrides=overrides), str(model), prove=False)
+        told = [warning.message for warning in plan.warnings if warning.code == "experts-mapped"]
+        return plan.sizes, [problem.where for problem in plan.problems], told
+
+    large, refused, told = planned(1 << 34)
+    assert not large.maps_experts and not refused and not told and large.peak_memory_bytes > 2 * experts
+    small, refused, told = planned(2 * experts)
+    assert small.maps_experts == maps and refused == ([] if maps else ["memory"])
+    if maps:
+        assert small.peak_memory_bytes <= 2 * experts < small.disk_bytes - large.disk_bytes
+        assert f"{experts:,} bytes" in told[0]
+    assert planned(1000)[1] == ["memory"]
