@@ -62,6 +62,11 @@ def whole_verification_bytes(dense: float, stored: int, source: int) -> float:
     return INTERPRETER_BYTES + dense + 2 * stored + source
 
 
+def speed_bytes(held: float) -> float:
+    """Memory for measuring the speed of a model that holds so many bytes."""
+    return INTERPRETER_BYTES + held + CHUNK_BYTES
+
+
 def map_large_experts(streamed: StreamedModel, mapped: MappedTensors, limit: int) -> bool:
     """Let the experts of a model lie in mapped files if two of its blocks don't fit beside everything else.
 
