@@ -21,6 +21,11 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="compress-model-hf-")  # where t
 TIERS = ("e2e", "faults")  # folders below tests/; every other one is of the tier `unit`
 
 
+def pytest_unconfigure():
+    """Remove the folder of this process: workers and the process that starts them have one each."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
 def pytest_collection_modifyitems(items):
     """Mark each test by its folder: `unit`, `e2e` (whole runs and the command line) or `faults` (planted ones)."""
     for item in items:
@@ -41,7 +46,6 @@ def started_early():
     child.environment = lambda: {name: value for name, value in variables().items() if name not in unread}
     with child.started_early():
         yield
-    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")

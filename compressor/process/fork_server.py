@@ -24,8 +24,17 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import NoReturn
 
-# The first imports of a process that loads a model. They import the others.
-IMPORTS = ("torch", "transformers", "transformers.modeling_utils", "transformers.models.auto.modeling_auto")
+# What a process that loads a model imports, except for the package and the model's own module. They import the others.
+IMPORTS = (
+    "torch",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.generation.utils",
+    "transformers.processing_utils",
+    "compressed_tensors",
+    "pydantic",
+)
 NUMBER_BYTES = 8
 LOST = 255  # the exit code of a process whose server ended before it
 
@@ -146,6 +155,8 @@ def _serve(link: socket.socket) -> str | None:
     """In the server: fork a process for each request. Returns the program in a forked process, None in the server."""
     for name in IMPORTS:
         importlib.import_module(name)
+    conversions = importlib.import_module("transformers.conversion_mapping")
+    conversions.get_checkpoint_conversion_mapping("llama")  # the first question makes the rules of all families
     gc.freeze()  # so that the garbage collector of a forked process doesn't visit, and so copy, the imported objects
     while True:
         length, descriptors, _, _ = socket.recv_fds(link, NUMBER_BYTES, 4)

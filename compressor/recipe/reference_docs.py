@@ -45,7 +45,8 @@ def recipe_reference() -> str:
         parts += _section(key, model)
     for name in pass_names():
         found = find_pass(name)
-        parts.append(f"### `pass: {name}`\n\n{found.title}. {found.paper}\n\n{_markdown(setting_rows(name))}")
+        heading = f"{found.title}. {found.paper}".rstrip()
+        parts.append(f"### `pass: {name}`\n\n{heading}\n\n{_markdown(setting_rows(name))}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -69,6 +69,8 @@ def tiny_config(cls: type[hf.PreTrainedModel], **more: Any) -> Any:
     sizes = {key: copy.copy(value) for key, value in SIZES.items() if key in known}
     for key in ("layer_types", "mlp_layer_types"):
         sizes.pop(key, None)
+    if isinstance(own := getattr(default, "patch_size", None), int):  # larger patches can make features larger
+        sizes["patch_size"] = min(own, SIZES["patch_size"])
     return cls.config_class(**{**sizes, **more})
 
 
