@@ -517,6 +517,7 @@ def _present(model: Any, name: str) -> Iterator[None]:
 def _print(value: Tensor) -> Print:
     described = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     found = hashlib.sha256()
-    for piece in value.detach() if value.dim() == 3 else (value.detach(),):  # of experts one after the other
+    # Experts are copied one after the other: a hash reads pages of a mapped file that only torch would give back.
+    for piece in map(torch.clone, value.detach()) if value.dim() == 3 else (value.detach(),):
         found.update(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return described, found.hexdigest()

@@ -53,6 +53,7 @@ from compressor.model.side_files import OWN_MODELING
 from compressor.model.trusted_code import carried_code_problems
 from compressor.process.child import ask
 from compressor.process.memory import return_large_blocks
+from compressor.storage.safetensors_file import read_pieces
 
 OURS = "compressor.load"  # in messages
 STOCK, STOCK_AGAIN, OWN, SOURCE = (
@@ -186,8 +187,8 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
         problems, found.notes = compare_files(artifact.directory, artifact.manifest)
         found.problems += problems
     for name in artifact.checkpoint.tensors.keys() - artifact.manifest.get("carried", {}).keys():
-        dtype = artifact.checkpoint.tensors[name].dtype
-        if dtype.is_floating_point and not is_finite(artifact.checkpoint.read(name)):
+        info = artifact.checkpoint.tensors[name]
+        if info.dtype.is_floating_point and not all(map(is_finite, read_pieces(info))):
             found.problems.append(f"{name} contains NaN or Inf")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from compressor.model.structure import Structure
 from compressor.model.weight_names import fill, fill_experts, read_experts_parameter, read_parameter
 from compressor.model.weights import Weight, part_of
 from compressor.process.memory import return_freed_memory
-from compressor.storage.safetensors_file import Entry, read_bytes, read_header, read_slices
+from compressor.storage.safetensors_file import Entry, TensorInfo, read_header, read_pieces, read_slices
 
 
 @dataclass
@@ -38,7 +38,7 @@ class PartSource:
     def names(self, part: int) -> list[str]:
         """Checkpoint names of the tensors in this part, sorted."""
         if self.file is not None:
-            return sorted(self._keys())
+            return sorted(self._header)
         return sorted(tensor for tensor, at in self.structure.part_by_tensor.items() if at == part)
 
     def read(self, tensor: str) -> Tensor:
@@ -69,14 +69,14 @@ class PartSource:
         dtype, raw = self._experts_dtype(tensor), None
         if self.file is None:
             raw = self.structure.read_slices(tensor)
-        elif tensor in self._keys():
-            raw = read_slices(read_header(self.file)[tensor])
+        elif tensor in self._header:
+            raw = read_slices(self._header[tensor])
         return joined_experts(
             raw, self._slices(tensor), self._parameter(tensor).shape, dtype, lambda form: self.layer(form).matrix(dtype)
         )
 
     def _experts_dtype(self, tensor: str) -> torch.dtype:
-        is_dense = self.file is None or tensor in self._keys()
+        is_dense = self.file is None or tensor in self._header
         return self.structure.bindings.dtype_of(tensor) if is_dense else self.structure.dtype
 
     def _slices(self, tensor: str) -> list[StoredWeight]:
@@ -86,10 +86,10 @@ class PartSource:
     def _parameter(self, tensor: str) -> Tensor:
         return self.structure.model.get_parameter(self.structure.bindings.parameters_by_tensor[tensor])
 
-    def _keys(self) -> list[str]:
+    @cached_property
+    def _header(self) -> dict[str, TensorInfo]:
         assert self.file is not None
-        with safe_open(self.file, framework="pt") as opened:
-            return list(opened.keys())
+        return read_header(self.file)
 
     def layer(self, form: StoredWeight) -> Layer:
         """The layer of a stored weight, without its bias."""
@@ -101,11 +101,12 @@ class PartSource:
 
     def entry(self, tensor: str) -> Entry:
         """A tensor as this source stores it, for writing."""
-        if self.file is None:
-            shape = self.structure.checkpoint.tensors[tensor].shape
-            return Entry(tensor, self.structure.bindings.dtype_of(tensor), shape, partial(self.read, tensor))
-        info = read_header(self.file)[tensor]
-        return Entry(tensor, info.dtype, info.shape, partial(read_bytes, info))
+        if self.file is not None:
+            info = self._header[tensor]
+            return Entry(tensor, info.dtype, info.shape, partial(read_pieces, info))
+        info, read = self.structure.checkpoint.tensors[tensor], self.structure.read
+        whole = partial(self.structure.read_slices, tensor) if info.is_sliced else lambda: [read(tensor)]
+        return Entry(tensor, self.structure.bindings.dtype_of(tensor), info.shape, whole)
 
 
 @dataclass
@@ -261,11 +262,7 @@ def _entry(name: str, value: Tensor, *, copied: bool = False) -> Entry:
 
     copied  it may lie in a mapped file, whose pages can be given back if a copy is written
     """
-    return Entry(name, value.dtype, tuple(value.shape), value.clone if copied else partial(_same, value))
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    return Entry(name, value.dtype, tuple(value.shape), lambda: [value.clone() if copied else value])
 
 
 def _belongs(tensor: str, weight: Weight) -> bool:

@@ -46,6 +46,7 @@ SPARE_DISK_BYTES = 16 << 20
 # Of the matrix of an expert, while it is read, dequantized in float32 and compared; of which one is in the mapped file.
 EXPERT_COPIES = 8
 MAPPED_COPIES = 3  # of the experts of a block on disk: as they are read back, as they were, and as they will be stored
+CHILD_COPIES = 2  # the same for processes that evaluate and verify: a block of the source and one of the artifact
 SOME_HASH = "f" * 64  # the data is not read here; every hash has this length
 
 
@@ -106,13 +107,14 @@ def predict_sizes(
     maps = sweep.held > limit and any(experts.parts) and _can_map_experts(recipe)
     if maps:
         sweep = _sweep_memory(recipe, structure, reshapes, selected, experts)
-        spilled = MAPPED_COPIES * max(experts.parts) + _routed_bytes(recipe, structure, recipe.data.samples)
+        spilled = MAPPED_COPIES * max(experts.parts) + _folded_inputs_bytes(recipe, structure, recipe.data.samples)
     spills = sweep.held + sweep.activations > limit
     peak = sweep.held + (0 if spills else sweep.activations)
     spilled += 2 * sweep.activations // (1 + RECORDED_SHARE) if spills else 0  # before and after a block
     children = _child_memory_bytes(recipe, structure, None)
     if children > limit and any(experts.parts):
         children = _child_memory_bytes(recipe, structure, experts)
+        spilled = max(spilled, CHILD_COPIES * max(experts.parts))
     return Sizes(
         weight_bytes=weights,
         artifact_bytes=weights + side,
@@ -168,11 +170,15 @@ def _can_map_experts(recipe: Recipe) -> bool:
     )
 
 
-def _routed_bytes(recipe: Recipe, structure: Structure, samples: int) -> int:
-    """Bytes of the inputs of all weights of a block for so many samples: a token has a row for each of its experts."""
+def _folded_inputs_bytes(recipe: Recipe, structure: Structure, samples: int) -> int:
+    """Bytes of the inputs of all weights of a block for so many samples of calibration data."""
     if all(step.settings.traits.reads == "weights" for step in recipe.steps):
         return 0
-    tokens = samples * sample_tokens(structure, recipe.data.length)
+    return _routed_bytes(structure, samples * sample_tokens(structure, recipe.data.length))
+
+
+def _routed_bytes(structure: Structure, tokens: int) -> int:
+    """Bytes of the inputs of all weights of a block for so many tokens, which have a row for each of their experts."""
     return structure.dtype.itemsize * max(
         (
             sum(tokens_of(g, structure, tokens) * g.in_features for stage in structure.stages(part) for g in stage)
@@ -212,7 +218,7 @@ def _sweep_memory(
     )
     if mapped is not None:
         most = min(recipe.data.samples, max(1, BATCH_TOKENS // max(1, recipe.data.length)))
-        in_blocks += EXPERT_COPIES * mapped.at_once + _routed_bytes(recipe, structure, most)
+        in_blocks += EXPERT_COPIES * mapped.at_once + _folded_inputs_bytes(recipe, structure, most)
     else:
         in_blocks += _folded_bytes(recipe, structure, selected)
     at_head = parts[0] + parts[-1] + _working_bytes(recipe, structure, selected, in_blocks=False) + resident
@@ -280,7 +286,7 @@ def _child_memory_bytes(recipe: Recipe, structure: Structure, mapped: Experts | 
     if mapped is not None:
         sizes = zip(parts[1:-1], mapped.parts[1:-1], strict=True)
         block = 2 * max(size - experts for size, experts in sizes) + EXPERT_COPIES * mapped.at_once
-        block += _routed_bytes(recipe, structure, recipe.eval.batch_size)
+        block += _routed_bytes(structure, recipe.eval.batch_size * sample_tokens(structure, recipe.eval.data.length))
     batch = _batch_bytes(structure, recipe.eval.batch_size * recipe.eval.data.length)
     return INTERPRETER_BYTES + max(2 * head + CHUNK_BYTES, block + batch, parts[0] + block)
 

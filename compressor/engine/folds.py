@@ -59,7 +59,8 @@ class SpilledInputs:
             value = torch.empty(shape, dtype=dtype)
             if value.numel():
                 self._file.seek(offset)
-                self._file.readinto(value.view(-1).view(torch.uint8).numpy().data)
+                count = self._file.readinto(value.view(-1).view(torch.uint8).numpy().data)
+                assert count == value.nbytes, "nobody else can shorten a file without a name"
             yield value
 
 

@@ -210,7 +210,7 @@ def read_experts_parameter(
     """
     sources, rule, parameter = bindings.sources[name], bindings.rules.get(name), model.get_parameter(name)
     if rule is not None and all(source.rows is not None for source in sources):
-        return _joined_rows(sources, read, parameter.shape, empty)
+        return _joined_rows(sources, read, parameter.shape, lambda shape, _: empty(shape, bindings.dtypes[name]))
     value = empty(tuple(parameter.shape), bindings.dtypes[name])
     if len(sources) == 1 and (rule is None or only_turns(rule)):
         return fill_experts(value, read_experts(sources[0].tensor))

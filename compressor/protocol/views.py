@@ -81,7 +81,8 @@ class BlockView(Protocol):
 
         `step(folded, x)` gets x (tokens, in_features), or (tokens, width) for a function, on the view's device and
         without padding. It is called once per batch in a fixed order. For an expert, x has only the tokens that are
-        routed to it, and `step` may never be called.
+        routed to it, and `step` may never be called. For experts that don't fit into memory, `start` and `step` are
+        called when a result is asked for, and again if it is asked for again (`Folds`).
         """
         ...
 

@@ -1,8 +1,9 @@
 """Prints how much memory the sweep, the verification and the evaluation of a model take beside the libraries.
 
-    python experts_memory.py MODEL WORK
+    python experts_memory.py MODEL WORK STEP
 
-MODEL has experts, which lie in mapped files here. The output is JSON: stage -> bytes above what was resident before.
+MODEL has experts, which lie in mapped files here. STEP is a step of a recipe as JSON. The output is JSON:
+stage -> bytes above what was resident before.
 """
 
 from __future__ import annotations
@@ -28,12 +29,7 @@ from compressor.evaluation.quality import measure_quality
 from compressor.process.memory import peak_rss_bytes, return_freed_memory
 from compressor.recipe.recipe import parse_recipe
 
-RECIPE = {
-    "version": 1,
-    "data": {"source": "random", "samples": 8, "length": 32},
-    "steps": [{"pass": "rtn", "group_size": 32, "scale_search": "minmax"}],
-    "report": {"html": False},
-}
+RECIPE = {"version": 1, "data": {"source": "random", "samples": 8, "length": 32}, "report": {"html": False}}
 found: dict[str, int] = {}
 
 
@@ -51,7 +47,7 @@ def mapped_plan(*arguments, **options):
     return replace(plan, sizes=replace(plan.sizes, maps_experts=True))
 
 
-def main(model: Path, work: Path) -> None:
+def main(model: Path, work: Path, step: dict[str, object]) -> None:
     sweep, artifact = running._sweep, work / "artifact"
 
     def measured_sweep(job, stop):
@@ -59,7 +55,8 @@ def main(model: Path, work: Path) -> None:
             return sweep(job, stop)
 
     running.make_plan, running._sweep, running._verify = mapped_plan, measured_sweep, lambda job: Findings()
-    running.compress(parse_recipe(yaml.safe_dump(RECIPE).encode()), str(model), artifact, measure=False)
+    recipe = parse_recipe(yaml.safe_dump({**RECIPE, "steps": [step]}).encode())
+    running.compress(recipe, str(model), artifact, measure=False)
     with measured("verify"):
         checked = verify(artifact, None, sealed=False, deep=True, source=model, memory=1)
     assert checked.problems == [] and checked.loaded == "parts", checked
@@ -86,4 +83,4 @@ def main(model: Path, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
