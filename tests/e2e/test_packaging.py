@@ -42,8 +42,13 @@ def test_without_a_compiler_the_package_builds_and_says_why_the_library_is_missi
 
 @pytest.mark.slow
 def test_the_wheel_builds_installs_and_runs(tmp_path):
+    quick = tmp_path / "c++"  # the kernels' own flags, but without optimization: that takes a minute
+    quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    quick.chmod(0o755)
+    environment = {**os.environ, "CXX": str(quick)} if shutil.which("g++") else None
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*command, "-w", tmp_path, ROOT], capture_output=True, text=True, check=False)
+    command += ["-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     wheel = next(tmp_path.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:

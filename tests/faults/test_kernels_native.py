@@ -264,7 +264,7 @@ def system_headers() -> list[str]:
 
 
 def checked_object(source: Path) -> Path:
-    """The object of a source with sanitizers, without optimization where that takes the compiler longer than it saves."""
+    """The object of a source with sanitizers, not optimized where that takes longer than it saves."""
     return object_of(source, "-O0" if source.stem in WIDE else "-O1", "-g1", *SANITIZERS)
 
 

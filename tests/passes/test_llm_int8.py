@@ -359,7 +359,7 @@ def test_perplexity_with_the_split_is_the_dense_models_and_without_it_is_not(cap
     """The demo model with one feature of 60 planted before attention and MLP of each block."""
     dense = hf.AutoModelForCausalLM.from_pretrained(demo_path(), dtype=torch.float32).eval()
     train, held_out = (
-        load_samples(settings(samples=8, length=512), demo_path(), seed=0, vocabulary=dense.config.vocab_size)
+        load_samples(settings(samples=8, length=256), demo_path(), seed=0, vocabulary=dense.config.vocab_size)
         for settings in (DataSettings, EvalDataSettings)
     )
     before, planted = perplexity(dense, held_out), plant(dense)
@@ -397,7 +397,13 @@ def test_perplexity_with_the_split_is_the_dense_models_and_without_it_is_not(cap
 
 @pytest.mark.slow
 def test_the_recipe_runs_and_reports_outliers(tmp_path):
-    few = ["data.samples=2", "eval.data.samples=4", "eval.metrics=[perplexity]"]
+    few = [
+        "data.samples=2",
+        "data.length=128",
+        "eval.data.samples=4",
+        "eval.data.length=128",
+        "eval.metrics=[perplexity]",
+    ]
     report = compress(read_recipe("llm-int8", few), str(demo_path()), tmp_path / "out")
     assert report["status"] == "ok" and report["route"]["name"] == "bitsandbytes"
     assert len(outlier_inputs(report)) == 24
@@ -406,7 +412,13 @@ def test_the_recipe_runs_and_reports_outliers(tmp_path):
 @pytest.mark.slow
 def test_gptq_on_the_mlp_and_int8_attention_share_a_sweep(tmp_path):
     """The MLP's hessians are those of the block with attention in int8: the layer stands in the running model."""
-    few = ["data.samples=8", "eval.data.samples=4", "eval.metrics=[perplexity]"]
+    few = [
+        "data.samples=8",
+        "data.length=128",
+        "eval.data.samples=4",
+        "eval.data.length=128",
+        "eval.metrics=[perplexity]",
+    ]
     report = compress(read_recipe("gptq-llm-int8", few), str(demo_path()), tmp_path / "out")
     assert report["status"] == "ok" and report["route"]["name"] == "custom"
     assert report["verification"]["max_logit_difference"] == 0.0
