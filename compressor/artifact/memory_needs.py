@@ -20,6 +20,7 @@ from compressor.storage.file_names import MANIFEST
 
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
 MEMORY_SHARE = 0.9  # of the free memory, if no limit is set
+TWO_BLOCKS_BYTES = 128 << 20  # beside two blocks that are compared; we measured 93 MiB at a width of 1024
 CHUNK_BYTES = 256 << 20  # of working copies of logits, which are compared a few positions at a time
 
 
@@ -67,6 +68,11 @@ def speed_bytes(held: float) -> float:
     return INTERPRETER_BYTES + held + CHUNK_BYTES
 
 
+def two_blocks_bytes(outside: int, block: int) -> int:
+    """Memory of a process that holds a block of two models at once, and the parts outside of blocks."""
+    return INTERPRETER_BYTES + outside + 2 * block + TWO_BLOCKS_BYTES
+
+
 def map_large_experts(streamed: StreamedModel, mapped: MappedTensors, limit: int) -> bool:
     """Let the experts of a model lie in mapped files if two of its blocks don't fit beside everything else.
 
@@ -75,7 +81,7 @@ def map_large_experts(streamed: StreamedModel, mapped: MappedTensors, limit: int
     """
     sizes = {unit: sum(map(streamed.nbytes_of, names)) for unit, names in streamed.units.items()}
     blocks = [size for unit, size in sizes.items() if unit.startswith(streamed.blocks_path + ".")]
-    needed = INTERPRETER_BYTES + sum(sizes.values()) - sum(blocks) + 2 * max(blocks)
+    needed = two_blocks_bytes(sum(sizes.values()) - sum(blocks), max(blocks))
     names = [name for members in streamed.units.values() for name in members]
     if needed > limit and expert_parameters(streamed.model, names):
         streamed.filler.mapped = mapped

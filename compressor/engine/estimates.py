@@ -13,7 +13,7 @@ import torch
 
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import ExportFormat
-from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes
+from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes, two_blocks_bytes
 from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.engine.calibration_batch import BATCH_TOKENS, RECORDED_SHARE
@@ -112,6 +112,9 @@ def predict_sizes(
     peak = sweep.held + (0 if spills else sweep.activations)
     spilled += 2 * sweep.activations // (1 + RECORDED_SHARE) if spills else 0  # before and after a block
     children = _child_memory_bytes(recipe, structure, None)
+    if any(experts.parts):  # dense in both models, as no layer stands for them
+        parts = part_bytes(structure)
+        children = max(children, two_blocks_bytes(parts[0] + parts[-1], max(parts[1:-1])))
     if children > limit and any(experts.parts):
         children = _child_memory_bytes(recipe, structure, experts)
         spilled = max(spilled, CHILD_COPIES * max(experts.parts))
