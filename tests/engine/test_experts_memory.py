@@ -18,7 +18,7 @@ PROBE = Path(__file__).parents[1] / "support" / "experts_memory.py"
 ROUND = {"pass": "rtn", "group_size": 32, "scale_search": "minmax"}
 STEPS: dict[str, tuple[str, int, dict[str, object]]] = {  # family, number of experts, and a step
     "stored": ("qwen3_moe", 32, ROUND),
-    "stored by their inputs": ("qwen3_moe", 64, {"pass": "gptq", "group_size": 32, "scale_search": "minmax"}),
+    "stored by their inputs": ("qwen3_moe", 128, {"pass": "gptq", "group_size": 32, "scale_search": "minmax"}),
     "dense in one tensor": ("gpt_oss", 32, {**ROUND, "only": ["@attention"]}),
 }
 
