@@ -23,6 +23,7 @@ STEPS: dict[str, tuple[str, int, dict[str, object]]] = {  # family, number of ex
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak")
 @pytest.mark.parametrize("kind", STEPS)
 def test_no_process_holds_the_experts_of_a_block(kind, tmp_path):
