@@ -74,6 +74,8 @@ class ModelView:
     _users: dict[int, int] = field(default_factory=dict)
     _is_embedded: bool = False
     _part: int = 0
+    _keepable_bytes: int = 0
+    _kept: dict[int, int] = field(default_factory=dict)  # block that stays in memory -> its bytes
     _work: tuple[str, float | None] | None = None
 
     def __post_init__(self) -> None:
@@ -110,10 +112,23 @@ class ModelView:
             yield
         finally:
             self._users[part] -= 1
-            is_block = 0 < part <= self.structure.block_count
-            if is_block and not self.resident and not self._users[part]:
+            if not self._users[part] and not self._stays(part):
                 self._in_memory.pop(part).remove()
                 free_part(self.structure, part)
+
+    def keep_blocks(self, nbytes: int) -> None:
+        self._keepable_bytes = nbytes
+
+    def _stays(self, part: int) -> bool:
+        """Whether a part stays in memory that nobody uses; a block that does is counted from now on."""
+        is_block = 0 < part <= self.structure.block_count
+        if not is_block or self.resident or part in self._kept:
+            return True
+        size = sum(self.structure.model.get_parameter(name).nbytes for name in self.structure.parameters_of(part))
+        if sum(self._kept.values()) + size > self._keepable_bytes:
+            return False
+        self._kept[part] = size
+        return True
 
     @contextmanager
     def _hold(self, part: int) -> Iterator[Installed]:

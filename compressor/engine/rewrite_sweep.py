@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ class PartView:
     is_open: bool = True
     written: dict[str, Tensor | Changed] = field(default_factory=dict)
     warnings: list[Notice] = field(default_factory=list)
+    tell: Callable[[str, float | None], None] = lambda what, share: None
 
     @property
     def residual(self) -> Residual:
@@ -97,17 +99,30 @@ class PartView:
     def signals(self, norm: ResidualNorm) -> Iterator[Tensor]:
         return self.inputs(norm.module)
 
+    def progress(self, what: str, share: float | None = None) -> None:
+        self.tell(what, share)
+
     def inputs(self, module: str) -> Iterator[Tensor]:
-        caught: list[Tensor] = []
-        watched = self.structure.model.get_submodule(module)
-        handle = watched.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
-        try:
+        for (found,) in self.inputs_of([module]):
+            yield found
+
+    def inputs_of(self, modules: Sequence[str]) -> Iterator[list[Tensor]]:
+        caught: dict[str, Tensor] = {}
+
+        def catch(module: str) -> Callable[[Any, tuple[Any, ...]], None]:
+            def hook(_module: Any, args: tuple[Any, ...]) -> None:
+                caught.setdefault(module, args[0].reshape(-1, args[0].shape[-1]))
+
+            return hook
+
+        with ExitStack() as stack:
+            for module in modules:
+                watched = self.structure.model.get_submodule(module)
+                stack.callback(watched.register_forward_pre_hook(catch(module)).remove)
             for batch in self.batches:
                 caught.clear()
                 run_part(self.structure, self.number, batch)
-                yield caught[0].reshape(-1, caught[0].shape[-1])
-        finally:
-            handle.remove()
+                yield [caught[module] for module in modules]
 
     def projected(self, bases: Sequence[Tensor]) -> Iterator[Tensor]:
         for batch in self.batches:
@@ -200,7 +215,17 @@ class Reshaper:
 
     def view(self, part: int, seed_of: int) -> PartView:
         generator = torch.Generator().manual_seed(self.seeds(seed_of))
-        return PartView(self.structure, part, self.facts, self.redefinition, self.batches, self.device, generator)
+        progress = Progress(self.emit)
+        return PartView(
+            self.structure,
+            part,
+            self.facts,
+            self.redefinition,
+            self.batches,
+            self.device,
+            generator,
+            tell=partial(progress, self.number, part),
+        )
 
 
 def run_reshape(work: Reshaper, step: Step) -> tuple[Structure, list[Path]]:

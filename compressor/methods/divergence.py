@@ -17,6 +17,19 @@ def divergence_terms(dense: torch.Tensor, compressed: torch.Tensor) -> torch.Ten
     return before.exp() * (before - after)
 
 
+def divergences(dense: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """(...,) KL(dense || compressed) in nats, float32 or wider. Gradients flow to `compressed` only.
+
+    The sum of `divergence_terms` over the classes. A few predictions are computed at a time, and no copy of the logits
+    is made for the gradient but the gradient itself.
+
+    dense, compressed  (..., classes) logits
+    """
+    from compressor.methods.divergence_gradient import Divergences  # it imports torch, and settings load without torch
+
+    return Divergences.apply(dense, compressed)
+
+
 def divergence_work(tokens: float, vocabulary: int) -> Work:
     """Of comparing the logits of so many tokens with the dense model's."""
     return Work(values=float(PASSES_OVER_LOGITS * tokens * vocabulary))

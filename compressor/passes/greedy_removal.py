@@ -13,22 +13,29 @@ smaller on GLUE and SQuAD. The rest is our design:
 3. In that order, each candidate is removed in addition to what was removed before. It stays removed if the loss is
    within `max_loss_increase` of the dense model's, on the search part and on a part that was not used for the ranking,
    since greedy choices overfit to the samples on which they are made. A candidate that lowers the loss always passes.
-   A candidate whose loss alone is above twice the bound on the samples of the ranking is not measured again.
+   As many candidates as can go together by their losses alone are removed and measured at once. If they exceed the
+   bound, half as many are tried. A measurement ends as soon as the samples so far exceed the bound for all samples,
+   since no loss is below 0. A candidate that alone, on the samples of the ranking, adds more than twice what the bound
+   still allows is not measured again.
 4. With `retry`, candidates that failed are tried again at the end of their tier.
 
 The loss is KL(dense || masked) for each prediction, or cross-entropy with the data's labels for each sample. So the
 loss of the dense model is 0, or its cross-entropy. The parts are then removed by the same physical pruning as in
 `vtrans`; the bias of a removed part stays. Selective hard attention, the other half of the paper, isn't offered.
 
+If more removals never lower the loss, this removes what trials one by one would remove.
+
 Cost: one run from the candidate's block to the output head for each evaluation, at most `max_evaluations` of them.
-Memory: one block, one copy of the residual stream for each block, and 512 MB for outputs of the dense model.
+Memory: one block, one copy of the residual stream for each block, 512 MB for outputs of the dense model, and 512 MB for
+blocks that stay in memory.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat
@@ -37,22 +44,12 @@ from compressor.bounds import Count
 from compressor.errors import Because, PassError, PreflightError, values_of
 from compressor.lazy import torch
 from compressor.methods.divergence import divergence_work
-from compressor.methods.pruning.masked_forward import (
-    Dense,
-    Draw,
-    Loss,
-    Places,
-    Reader,
-    distilled,
-    labelled,
-    losses,
-    masked,
-    predictions,
-    reader_columns,
-)
+from compressor.methods.pruning.counted_work import kept_bytes
+from compressor.methods.pruning.masked_forward import KEPT_BLOCK_BYTES
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition
+from compressor.methods.pruning.removal_trials import RANKED_SHARE, Gone, Losses, Remembered, Trials
 from compressor.model.facts import PrunableModule
 from compressor.protocol import (
     DataSize,
@@ -71,13 +68,9 @@ from compressor.protocol.work import rewritten
 
 KINDS = ("heads", "ffn")
 SAMPLES_AT_ONCE = 4  # of a batch; the ranking uses whole batches
-RANKED_SHARE = 0.25  # of the search part's samples
-HOPELESS = (
-    2.0  # times the bound: a candidate that is worse than this on the samples of the ranking isn't measured again
-)
-KEPT_OUTPUT_BYTES = 1 << 29
-Gone = dict[str, set[int]]  # name of a prunable module -> heads or neurons that are removed
-Losses = tuple[float, float]  # on the search part, and on the confirming part
+HOPELESS = 2.0  # times what the bound still allows: a candidate that adds more than this alone isn't measured again
+MEASURED_SHARE = 0.25  # of the candidates, to predict the time: measurements of all samples for each that is ranked
+Removed = frozenset[tuple[str, int]]  # the same as Gone, as a key
 Tier = Literal["blocks", "sub_blocks", "heads"]
 
 
@@ -147,18 +140,26 @@ class GreedyRemoval(RewritePass):
         return SAMPLES_AT_ONCE
 
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
-        """As if every candidate were measured again after the ranking. An evaluation runs half of the blocks."""
+        """Of the ranking, and of one measurement of all samples for each MEASURED_SHARE of a candidate. An evaluation
+        runs half of the blocks, and loads what isn't kept.
+        """
         found = [rewritten(part.values) for part in parts]
         whole, ranked = self._evaluations(model)
         search = RANKED_SHARE * (1 - self.confirm) * data.tokens
         batches = max(1, -(-data.samples // SAMPLES_AT_ONCE))
         share = max(search, data.tokens / batches)  # of the tokens, at least one batch
-        tokens = whole * data.tokens + ranked * share
+        measured = 1 + (whole - 1) * (MEASURED_SHARE if self.order == "loss" else 1)
+        tokens = measured * data.tokens + ranked * share
         blocks, head = sum((block.run for block in parts[1:-1]), Work()), parts[-1]
         load = sum((block.load for block in parts[1:-1]), Work())
-        found[0] += load * (1 + 0.5 * (whole + ranked)) + blocks * (data.tokens + 0.5 * tokens)
+        again = max(0.0, 1 - KEPT_BLOCK_BYTES / load.stored) if load.stored else 0.0
+        found[0] += load * (1 + 0.5 * again * (measured + ranked)) + blocks * (data.tokens + 0.5 * tokens)
         found[0] += head.run * (data.tokens + tokens) + divergence_work(tokens, head.outputs)
         return found
+
+    def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
+        """As in `RewritePass`, and during the search the blocks and outputs that are kept."""
+        return max(super().memory(model, data, parts), kept_bytes(data, parts))
 
     def _evaluations(self, model: ModelFacts) -> tuple[int, int]:
         """Largest numbers of losses that are measured: on all samples, and on those of the ranking."""
@@ -177,7 +178,7 @@ class GreedyRemoval(RewritePass):
         """Search for the parts to remove. raises PassError for data that can't be used for the search"""
         sites = model.facts.prunable(KINDS)
         size = model_size(model.facts, sites, measure="parameters", of="blocks", tokens=1)
-        trial = Trial.of(model, sites, self.loss, self.confirm)
+        trials = Trials.of(model, sites, self.loss, self.confirm)
         remember = Remembered(model, self.save_every)
 
         def enough(gone: Gone) -> bool:
@@ -187,19 +188,32 @@ class GreedyRemoval(RewritePass):
         def fits(gone: Gone) -> bool:
             return self._why_not_stock(model.facts, sites, gone) is None
 
-        def measure(gone: Gone, ranks: bool = False) -> Losses:
+        def remembered(measure: Callable[[], torch.Tensor]) -> torch.Tensor:
             model.progress(f"evaluation {remember.count + 1}", remember.count / self.max_evaluations)
-            return remember(lambda: trial.losses(gone, ranks))
+            return remember(measure)
 
-        base = measure({})
-        rank = partial(measure, ranks=True) if trial.is_sampled else None
-        search = Search(self, base, measure, enough, sites, rank, fits)
+        def rank(gone: Gone) -> Losses:
+            return trials.means(remembered(lambda: trials.sums(gone, trials.ranking)))
+
+        def measure(gone: Gone) -> Losses:
+            return trials.least(remembered(lambda: trials.sums_within(gone, limit)))
+
+        base = trials.means(remembered(lambda: trials.sums({}, range(model.batches))))
+        if not math.isfinite(base.search + base.confirm):
+            raise PassError(
+                "the loss of the model is not a finite number",
+                where="greedy_removal",
+                hint="Check the outputs of the model on the calibration data.",
+            )
+        # a ranking on all samples needs all their losses
+        limit = base.raised(self.max_loss_increase if trials.is_sampled else math.inf)
+        search = Search(self, base, measure, enough, sites, rank if trials.is_sampled else None, fits)
         for tier in self.tiers:
             search.walk(self._candidates(tier, sites))
         return {
             **_decision(sites, search.gone),
             "log": search.log,
-            "figures": {"dense": list(base), "after": list(search.now), "evaluations": remember.count},
+            "figures": {"dense": list(base[:2]), "after": list(search.now[:2]), "evaluations": remember.count},
         }
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
@@ -296,14 +310,26 @@ def _decision(sites: Sequence[PrunableModule], gone: Gone) -> Decision:
     }
 
 
+def _without(gone: Gone, candidates: Sequence[Candidate]) -> Gone:
+    found = {name: set(units) for name, units in gone.items()}
+    for candidate in candidates:
+        for name, units in candidate.units:
+            found[name] = found.get(name, set()) | set(units)
+    return found
+
+
+def _frozen(gone: Gone) -> Removed:
+    return frozenset((name, unit) for name, units in gone.items() for unit in units)
+
+
 @dataclass
 class Search:
     """State of the search: what was removed, and how each candidate did.
 
     base      losses of the dense model
-    measure   losses with these heads and neurons removed
+    measure   losses with these heads and neurons removed, which may be lower bounds if they exceed the bound
     enough    whether so much is removed that the search ends
-    rank      the same on the samples of the ranking; None: on all samples of the search part
+    rank      losses on the samples of the ranking; None: those of `measure`
     fits      whether the model without these can be exported as the settings want it
     """
 
@@ -320,72 +346,96 @@ class Search:
 
     def __post_init__(self) -> None:
         self.now = self.base
+        self.limit = self.base.raised(self.settings.max_loss_increase)
+        self._known: dict[Removed, Losses] = {_frozen(self.gone): self.base}
 
     def walk(self, candidates: Sequence[Candidate]) -> None:
         """Run one tier: rank the candidates, and remove them in that order if the losses allow it."""
-        alone: dict[str, Losses] = {}
-        at_first = {name: set(units) for name, units in self.gone.items()}
-        order = [candidate for candidate in reversed(candidates) if self._may_go(candidate)]
+        adds: dict[str, float] = {}
+        order = [candidate for candidate in reversed(candidates) if self._may_go(candidate, self.gone)]
         if self.settings.order == "loss":
-            alone = self._ranking(order[: (self.settings.max_evaluations - self.evaluations) // 2])
-            order = [candidate for candidate in order if candidate.name in alone]
-            order.sort(key=lambda candidate: alone[candidate.name][0])  # stable: of equal ones, the later block first
-        failed = self._try(order, {} if self.rank else alone, at_first)
+            order = order[: (self.settings.max_evaluations - self.evaluations) // 2]
+            adds = self._ranking(order)
+            order.sort(key=lambda candidate: adds[candidate.name])  # stable: of equal ones, the later block first
+        failed = self._try(order, adds)
         if self.settings.retry:
-            self._try(failed, {}, {})
+            self._try(failed, {})
 
-    def _ranking(self, candidates: Sequence[Candidate]) -> dict[str, Losses]:
-        """Losses with each candidate removed alone, without those that are hopeless."""
+    def _ranking(self, candidates: Sequence[Candidate]) -> dict[str, float]:
+        """What each candidate alone adds to the loss, on the samples of the ranking."""
+        alone = {candidate.name: _without(self.gone, [candidate]) for candidate in candidates}
         if self.rank is None or not candidates:
-            return {candidate.name: self._with(candidate) for candidate in candidates}
+            return {name: self._measured(gone).search - self.now.search for name, gone in alone.items()}
         self.evaluations += 1 + len(candidates)
-        before = self.rank(self.gone)
-        alone = {candidate.name: self.rank(self._without(candidate)) for candidate in candidates}
-        worst = before[0] + HOPELESS * self.settings.max_loss_increase
-        for candidate in candidates:
-            if alone[candidate.name][0] > worst:
-                self.log.append({"what": candidate.name, "ranked": alone.pop(candidate.name)[0], "removed": False})
-        return alone
+        before = self.rank(self.gone).search
+        return {name: self.rank(gone).search - before for name, gone in alone.items()}
 
-    def _try(self, order: Sequence[Candidate], alone: dict[str, Losses], at_first: Gone) -> list[Candidate]:
-        failed = []
-        for candidate in order:
-            if self.enough(self.gone) or not self._may_go(candidate):
-                continue
-            known = alone.get(candidate.name) if self.gone == at_first else None
-            if known is None and not self._is_allowed_one_more():
+    def _try(self, order: Sequence[Candidate], adds: dict[str, float]) -> list[Candidate]:
+        """Remove candidates in this order as the losses allow it. Returns those that were measured and failed.
+
+        adds  what each adds to the loss alone, if it is known
+        """
+        failed: list[Candidate] = []
+        waiting, most = deque(order), len(order)
+        suspects = 0  # of the next candidates, so many exceed the bound together
+        while group := self._next(waiting, adds, max(1, suspects // 2) if suspects else most):
+            gone = _without(self.gone, group)
+            if _frozen(gone) not in self._known and self.evaluations >= self.settings.max_evaluations:
                 break
-            found = known or self._with(candidate)
-            bound = self.settings.max_loss_increase
-            goes = all(after <= before + bound for after, before in zip(found, self.base, strict=True))
-            self.log.append({"what": candidate.name, "search": found[0], "confirm": found[1], "removed": goes})
+            found = self._measured(gone)
+            goes = found.is_within(self.limit)
+            row = {"what": " + ".join(c.name for c in group), "search": found.search, "confirm": found.confirm}
+            self.log.append(row | {"removed": goes} | ({} if found.measured == 1 else {"measured": found.measured}))
             if goes:
-                self.gone = self._without(candidate)
-                self.now = found
+                self.gone, self.now = gone, found
+                suspects = max(0, suspects - len(group))
+                most *= 2
+            elif len(group) == 1:
+                failed += group
+                suspects, most = 0, 1
             else:
-                failed.append(candidate)
+                waiting.extendleft(reversed(group))
+                suspects = len(group)
         return failed
 
-    def _is_allowed_one_more(self) -> bool:
-        return self.evaluations < self.settings.max_evaluations
+    def _next(self, waiting: deque[Candidate], adds: dict[str, float], most: int) -> list[Candidate]:
+        """Take the next candidates that are to be removed together: as many as the bound allows by what each adds
+        alone, but at least one, and at most `most`. Without what they add, it is one.
+        """
+        group: list[Candidate] = []
+        predicted = self.now.search
+        while waiting and len(group) < most:
+            candidate, gone = waiting[0], _without(self.gone, group)
+            more = adds.get(candidate.name)
+            if group and (more is None or predicted + more > self.limit.search):
+                break
+            if self.enough(gone) or not self._may_go(candidate, gone):
+                if group:
+                    break  # it may go if the group may not
+                waiting.popleft()
+                continue
+            waiting.popleft()
+            if more is not None and more > HOPELESS * (self.limit.search - self.now.search):
+                self.log.append({"what": candidate.name, "adds": more, "removed": False})
+                continue
+            predicted += more or 0.0
+            group.append(candidate)
+        return group
 
-    def _with(self, candidate: Candidate) -> Losses:
-        self.evaluations += 1
-        return self.measure(self._without(candidate))
+    def _measured(self, gone: Gone) -> Losses:
+        """Losses without these, which are measured once."""
+        if _frozen(gone) not in self._known:
+            self.evaluations += 1
+            self._known[_frozen(gone)] = self.measure(gone)
+        return self._known[_frozen(gone)]
 
-    def _without(self, candidate: Candidate) -> Gone:
-        gone = {name: set(units) for name, units in self.gone.items()}
-        for name, units in candidate.units:
-            gone[name] = gone.get(name, set()) | set(units)
-        return gone
-
-    def _may_go(self, candidate: Candidate) -> bool:
+    def _may_go(self, candidate: Candidate, gone: Gone) -> bool:
         """Whether it may be removed: part is left, no module is emptied head by head, its kind keeps a module, and what
         is left can be exported.
         """
-        after, whole = self._without(candidate), {name for name, units in candidate.units if len(units) > 1}
+        after, whole = _without(gone, [candidate]), {name for name, units in candidate.units if len(units) > 1}
         by_name = {site.name: site for site in self.sites}
-        if all(after[name] == self.gone.get(name, set()) for name, _ in candidate.units):
+        if all(after[name] == gone.get(name, set()) for name, _ in candidate.units):
             return False
         for name, _ in candidate.units:
             is_gone = len(after[name]) == by_name[name].units
@@ -395,111 +445,3 @@ class Search:
             if is_gone and all(len(after.get(site.name, ())) == site.units for site in alike):
                 return False
         return self.fits(after)
-
-
-@dataclass
-class Trial:
-    """Measures the model with parts removed. Streams of the last trial are reused up to the first changed block."""
-
-    model: RunnableModel
-    dense: Dense
-    sites: Sequence[PrunableModule]
-    places: Places
-    each: list[int]  # predictions of one sample, by batch
-    confirms: list[torch.Tensor]  # (samples,) bool of each batch
-    ranking: list[int]  # batches of the ranking
-    objective: Loss
-    streams: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch: before each block and after all
-    gone: dict[int, Gone] = field(default_factory=dict)  # batch -> what its streams are without
-
-    @classmethod
-    def of(cls, model: RunnableModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trial:
-        """Prepare trials on both parts of the samples. raises PassError if a part would be empty"""
-        dense = Dense.of(model)
-        rows = [len(stream) for stream in dense.before]
-        total = sum(rows)
-        confirming = round(total * share)
-        if not 0 < confirming < total:
-            raise PassError(
-                f"{total} calibration samples can't be split into {1 - share:g} and {share:g}",
-                where="greedy_removal.confirm",
-                hint="Set a larger data.samples, or set confirm nearer to 0.5.",
-            )
-        drawn = torch.randperm(total, generator=model.generator)
-        is_confirming = torch.zeros(total, dtype=torch.bool)
-        is_confirming[drawn[:confirming]] = True
-        confirms = list(is_confirming.split(rows))
-        each = [
-            predictions(model, dense, batch) // rows[batch] if loss == "distill" else 1 for batch in range(len(rows))
-        ]
-        ranking, ranked = [], 0
-        for batch, chosen in enumerate(confirms):
-            if ranked < RANKED_SHARE * (total - confirming):
-                ranking.append(batch)
-                ranked += int((~chosen).sum())
-        readers = tuple(Reader(s.name, s.block + 1, s.output_projection, reader_columns(s.columns)) for s in sites)
-        streams = [[stream] for stream in dense.before]
-        objective = distilled(model, dense, keep_bytes=KEPT_OUTPUT_BYTES) if loss == "distill" else labelled(model)
-        return cls(model, dense, sites, Places(readers), each, confirms, ranking, objective, streams)
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the ranking leaves out batches."""
-        return len(self.ranking) < len(self.confirms)
-
-    def losses(self, gone: Gone, ranks: bool = False) -> Losses:
-        """Mean losses on both parts of the samples; 0 for a part without samples.
-
-        ranks  measure on the samples of the ranking only
-        """
-        masks = {}
-        for site in self.sites:
-            if gone.get(site.name):
-                masks[site.name] = torch.ones(1, site.units, device=self.model.device)
-                masks[site.name][0, sorted(gone[site.name])] = 0
-        draws = [Draw(batch, masks) for batch in (self.ranking if ranks else range(self.model.batches))]
-        self._advance(draws, gone)
-        sums, counts = [0.0, 0.0], [0, 0]
-        with self.model.loaded(self.model.parts - 1):
-            for draw in draws:
-                last, confirms = self.streams[draw.batch][-1], self.confirms[draw.batch]
-                found = losses(self.model, draw, self.places, last, self.objective).double().cpu()
-                for part in (0, 1):
-                    sums[part] += float(found[confirms == bool(part)].sum())
-                    counts[part] += self.each[draw.batch] * int((confirms == bool(part)).sum())
-        return sums[0] / max(1, counts[0]), sums[1] / max(1, counts[1])
-
-    def _advance(self, draws: Sequence[Draw], gone: Gone) -> None:
-        """Run the blocks of each batch from the first one that differs from the batch's last trial."""
-        for draw in draws:
-            streams, before = self.streams[draw.batch], self.gone.get(draw.batch, {})
-            differs = [s.block for s in self.sites if gone.get(s.name, set()) != before.get(s.name, set())]
-            del streams[min([*differs, len(streams) - 1]) + 1 :]
-            self.gone[draw.batch] = gone
-        for unit in range(min(len(self.streams[draw.batch]) for draw in draws), self.model.parts - 1):
-            with self.model.loaded(unit), torch.no_grad():
-                for draw in draws:
-                    streams = self.streams[draw.batch]
-                    if len(streams) == unit:
-                        with masked(self.model, unit, draw.masks, self.places):
-                            streams.append(self.model.run(unit, draw.batch, streams[-1]))
-
-
-class Remembered:
-    """Evaluations in order. Those of an interrupted run are read back."""
-
-    def __init__(self, model: RunnableModel, save_every: int) -> None:
-        self._model, self._save_every = model, save_every
-        saved = model.saved()
-        self._known: list[Losses] = []
-        if saved is not None:
-            self._known = [(float(a), float(b)) for a, b in saved[1]["losses"].tolist()]
-        self.count = 0
-
-    def __call__(self, measure: Callable[[], Losses]) -> Losses:
-        if self.count == len(self._known):
-            self._known.append(measure())
-            if len(self._known) % self._save_every == 0:
-                self._model.save(len(self._known), {"losses": torch.tensor(self._known, dtype=torch.float64)})
-        self.count += 1
-        return self._known[self.count - 1]

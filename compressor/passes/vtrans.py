@@ -25,8 +25,9 @@ a channel of the residual stream, if only norms read the stream; with `layers`, 
 stays. They are found by running the model (`compressor.analysis.prunable_units`).
 
 Cost: three runs of the model per step (forward, then forward and backward block by block), and one Gram matrix of an
-output projection's inputs. Memory: one block, its activations, and one copy of the residual stream for each block. The
-masks are only a few numbers for each head or neuron.
+output projection's inputs. Memory: one block, its activations, one copy of the residual stream for each block, 512 MB
+for outputs of the dense model, and 512 MB for blocks that stay in memory. The masks are only a few numbers for each
+head or neuron.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import PreflightError
 from compressor.methods.divergence import divergence_work
-from compressor.methods.pruning.counted_work import repair_work
+from compressor.methods.pruning.counted_work import kept_bytes, repair_work
 from compressor.methods.pruning.mask_training import Course, train_masks
-from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
+from compressor.methods.pruning.masked_forward import KEPT_BLOCK_BYTES, Places, Reader, StreamNorm, reader_columns
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition, width_key
-from compressor.methods.pruning.reconstruction import RIDGE
+from compressor.methods.pruning.reconstruction import HELD_OUT, HELD_OUT_TOKENS, RIDGE
 from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
 from compressor.model.facts import PrunableModule
 from compressor.protocol import (
@@ -169,34 +170,41 @@ class VTrans(RewritePass):
         return ("heads", "ffn") if "layers" in self.sites else named or ("ffn",)
 
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
-        """A training step runs the model forwards twice, and backwards, which is as much for frozen weights."""
+        """A training step runs the blocks forwards twice, and backwards, which is as much for frozen weights."""
         found = [rewritten(part.values) for part in parts]
         if not self.decides:
             return found
         blocks, head = parts[1:-1], parts[-1]
         samples = min(self.samples, data.samples)
         step = samples * data.tokens / max(1, data.samples)
+        load = sum((block.load for block in blocks), Work())
+        again = max(0.0, 1 - KEPT_BLOCK_BYTES / load.stored) if load.stored else 0.0
         for block in blocks:
-            found[0] += block.load + block.run * data.tokens + (block.load * 2 + block.run * (3 * step)) * self.steps
-        found[0] += (head.run * (3 * step) + divergence_work(2 * step, head.outputs)) * self.steps
+            found[0] += block.load + block.run * data.tokens
+            found[0] += (block.load * (2 * again) + block.run * (3 * step)) * self.steps
+        found[0] += (head.run * (2 * step) + divergence_work(step, head.outputs)) * self.steps + head.run * data.tokens
         if self.reconstruct:
+            solved: dict[int, list[tuple[int, int, int]]] = {}
             for site in model.prunable(self._kinds):
                 outputs, inputs = _projection_shape(model, site)
-                kept = round((1 - self.target) * inputs)
-                found[site.block + 1] += repair_work(parts[site.block + 1], data, outputs, inputs, kept)
-            for number, block in enumerate(blocks, 1):
-                found[number] += block.run * data.tokens
+                solved.setdefault(site.block, []).append((outputs, inputs, round((1 - self.target) * inputs)))
+            for number, block in enumerate(blocks):
+                found[number + 1] += block.run * data.tokens
+                found[number + 1] += repair_work(block, data, solved.get(number, []))
         return found
 
     def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
-        """As in `RewritePass`; for a repair second moments with two copies, and four copies of an output projection,
-        all in float64.
+        """As in `RewritePass`; for a repair second moments in float32 with two copies of a part in float64, four copies
+        of an output projection in float64, and inputs that are held out. While masks are trained: what is kept then.
         """
         found = super().memory(model, data, parts)
-        if not (self.decides and self.reconstruct):
+        if not self.decides:
             return found
-        shapes = [_projection_shape(model, site) for site in model.prunable(self._kinds)]
-        return found + max(24 * inputs**2 + 32 * outputs * inputs for outputs, inputs in shapes)
+        shapes = [_projection_shape(model, site) for site in model.prunable(self._kinds)] if self.reconstruct else []
+        solving = max((20 * inputs**2 + 32 * outputs * inputs for outputs, inputs in shapes), default=0)
+        held_out = min(HELD_OUT_TOKENS + data.batch, data.tokens / HELD_OUT)
+        inputs = 4 * int(held_out) * max((inputs for _, inputs in shapes), default=0)
+        return max(found + solving + inputs, kept_bytes(data, parts))
 
     def choose(self, model: RunnableModel) -> Decision:
         """Train the masks and prune to the target. raises PassError for data that can't be used for training"""

@@ -215,6 +215,14 @@ class PartView(Protocol):
         """
         ...
 
+    def inputs_of(self, modules: Sequence[str]) -> Iterator[list[torch.Tensor]]:
+        """`inputs` of several modules, for each calibration batch from one run of this part."""
+        ...
+
+    def progress(self, what: str, share: float | None = None) -> None:
+        """Show what the pass works on in this part, and how much of it is done. See `BlockView.progress`."""
+        ...
+
     def states(self) -> list[torch.Tensor]:
         """The residual stream before this part, (samples, tokens, width) for each calibration batch, in the model's
         dtype. For the embeddings: their output.
@@ -268,7 +276,13 @@ class RunnableModel(Protocol):
     def module(self, path: str) -> torch.nn.Module: ...
 
     def loaded(self, part: int) -> AbstractContextManager[None]:
-        """The part's weights are in memory inside this context. Embeddings and output head stay in memory after it."""
+        """The part's weights are in memory inside this context. Embeddings and output head stay in memory after it,
+        and so do blocks as `keep_blocks` allows.
+        """
+        ...
+
+    def keep_blocks(self, nbytes: int) -> None:
+        """Keep blocks in memory once they are loaded, those that are loaded first, up to so many bytes together."""
         ...
 
     def embeddings(self, batch: int) -> torch.Tensor:

@@ -167,6 +167,32 @@ def view_of(model, work, *, stopped=False):
     )
 
 
+def test_blocks_that_fit_stay_in_memory_and_others_are_freed(model, tmp_path):
+    view = view_of(model, tmp_path / "work")
+    size = sum(view.structure.model.get_parameter(name).nbytes for name in view.structure.parameters_of(1))
+
+    def in_memory():
+        return [not any(p.is_meta for p in view.module(f"model.layers.{n}").parameters()) for n in (0, 1)]
+
+    def visit(*parts):
+        for part in parts:
+            with view.loaded(part):
+                assert in_memory()[part - 1]
+
+    visit(1, 2)
+    assert in_memory() == [False, False]
+    view.keep_blocks(size)
+    visit(2, 1, 2)
+    assert in_memory() == [False, True]
+    weight = view.module("model.layers.1.mlp.down_proj").weight
+    visit(2)
+    assert view.module("model.layers.1.mlp.down_proj").weight is weight  # it was not read again
+    view.keep_blocks(2 * size)
+    visit(1)
+    assert in_memory() == [True, True]
+    view.close()
+
+
 def test_gradients_through_single_blocks_are_those_of_the_whole_model(model, tmp_path):
     view = view_of(model, tmp_path / "work")
     scale = torch.ones(2, requires_grad=True)  # one factor for each block's MLP output

@@ -61,7 +61,7 @@ def test_gradients_block_by_block_are_those_of_one_backward_pass(family):
         Draw(n, {k: z.detach().double().requires_grad_() for k, z in shaping.masks(placed, 3, n).items()})
         for n in (0, 1)
     ]
-    found = gradients(whole, draws, placed, dense.before, labelled(whole) if task else distilled(whole, dense, 0.5))
+    found = gradients(whole, draws, placed, dense.before, labelled(whole) if task else distilled(whole, dense), 0.5)
     assert whole.most_loaded == 1 and all(p.grad is None for p in model.parameters())
     total = 0.0
     for draw, batch in zip(draws, batches):
@@ -70,7 +70,7 @@ def test_gradients_block_by_block_are_those_of_one_backward_pass(family):
 
         def loss_of(logits, wanted=wanted):
             if task:
-                return torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1]), reduction="sum")
+                return 0.5 * torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1]), reduction="sum")
             p = wanted.softmax(-1)
             return 0.5 * (p * (p.log() - logits.log_softmax(-1))).sum()
 

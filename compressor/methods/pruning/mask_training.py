@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.methods.pruning.masked_forward import Dense, Draw, Places, distilled, gradients, labelled, predictions
+from compressor.methods.pruning.masked_forward import (
+    KEPT_BLOCK_BYTES,
+    Dense,
+    Draw,
+    Places,
+    distilled,
+    gradients,
+    labelled,
+    predictions,
+)
 from compressor.methods.pruning.size_budget import STREAM, Size
 from compressor.methods.pruning.variational_masks import (
     Masks,
@@ -78,6 +87,7 @@ def train_masks(
     raises   PassError if the loss stays NaN or infinite
     """
     seed = model.generator.initial_seed()
+    model.keep_blocks(KEPT_BLOCK_BYTES)
     dense = Dense.of(model)
     state = _State.fresh(Masks.fresh(dict(sizes), torch.Generator().manual_seed(seed)), course)
     begun = 0
@@ -88,15 +98,16 @@ def train_masks(
         predictions(model, dense, batch) if course.loss == "distill" else len(dense.before[batch])
         for batch in range(model.batches)
     ]
+    objective = distilled(model, dense) if course.loss == "distill" else labelled(model)
     every = torch.cat([torch.full((sizes[name],), charges[name]) for name in sizes])
     losses: list[float] = []
     for step, batches in enumerate(_schedule(dense, course, seed)):
         if step < begun:
             continue
-        total = sum(counts[batch] for batch in batches)
-        objective = distilled(model, dense, 1 / total) if course.loss == "distill" else labelled(model, 1 / total)
+        model.progress(f"step {step + 1} of {course.steps}", step / course.steps)
+        weight = 1 / sum(counts[batch] for batch in batches)
         draws, leaves = _draw(state.masks, dense, batches, places, model.device, (seed, step))
-        loss = gradients(model, draws, places, [dense.before[batch] for batch in batches], objective)
+        loss = gradients(model, draws, places, [dense.before[batch] for batch in batches], objective, weight)
         state.regularize(size, places, every, course, step)
         if math.isfinite(loss):
             _collect(state.masks, leaves)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.methods.divergence import divergence_terms
+from compressor.methods.divergence import divergences
 from compressor.methods.pruning.size_budget import STREAM
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Head = Callable[[slice], "torch.Tensor"]  # some samples of a batch -> the masked model's output
 # (batch, stream after the last block, head) -> losses (samples,) of some samples at a time, in order
 Loss = Callable[[int, "torch.Tensor", Head], Iterator["torch.Tensor"]]
+KEPT_BLOCK_BYTES = 1 << 29  # of blocks that stay in memory between two runs of the model
+KEPT_OUTPUT_BYTES = 1 << 29  # of the dense model's outputs
 HEAD_TOKENS = 512  # tokens that pass the output head at once: for a vocabulary of 128,000 their logits need 262 MB
 
 
@@ -153,8 +155,9 @@ def gradients(
     places: Places,
     streams: Sequence[torch.Tensor],
     loss: Loss,
+    weight: float = 1.0,
 ) -> float:
-    """The sum of the losses. Its gradients are added to `.grad` of the draws' masks, which are leaves."""
+    """The sum of the losses times `weight`. Gradients are added to `.grad` of the draws' masks, which are leaves."""
     run_blocks(model, draws, places, streams)
     total = 0.0
     slopes: list[torch.Tensor] = []
@@ -163,8 +166,9 @@ def gradients(
         for draw in draws:
             last = draw.entered[-1].detach().requires_grad_()
             for part in loss(draw.batch, last, masked_head(model, draw, places, last)):
-                part.sum().backward()
-                total += float(part.detach().sum())
+                whole = weight * part.sum()
+                whole.backward()
+                total += float(whole.detach())
             assert last.grad is not None
             slopes.append(last.grad)
     for unit in range(head - 1, 0, -1):
@@ -204,13 +208,12 @@ class Dense:
         return cls(before, [draw.entered[-1] for draw in draws])
 
 
-def distilled(model: RunnableModel, dense: Dense, weight: float = 1.0, keep_bytes: int = 0) -> Loss:
+def distilled(model: RunnableModel, dense: Dense) -> Loss:
     """Distance of the output from the dense model's: KL(dense || masked) of logits, summed over a sample's predictions.
 
     For a model without an output head it is the squared error of the last hidden states divided by their variance,
-    summed over tokens and averaged over channels.
-
-    keep_bytes  of the dense model's outputs that are kept from call to call; the others are computed each time
+    summed over tokens and averaged over channels. Up to KEPT_OUTPUT_BYTES of the dense model's outputs are kept from
+    call to call, and the others are computed each time.
     """
     kept: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -219,20 +222,20 @@ def distilled(model: RunnableModel, dense: Dense, weight: float = 1.0, keep_byte
             return kept[batch, part.start]
         with torch.no_grad():
             output = model.output_head(batch, dense.after[batch][part], part)
-        if sum(one.nbytes for one in kept.values()) + output.nbytes <= keep_bytes:
+        if sum(one.nbytes for one in kept.values()) + output.nbytes <= KEPT_OUTPUT_BYTES:
             kept[batch, part.start] = output
         return output
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
         for part in _slices(last):
-            wanted = _wide(dense_output(batch, part))
-            found = _wide(head(part))
-            yield weight * (_squared_error if _is_hidden(wanted, last) else _divergence)(found, wanted)
+            wanted = dense_output(batch, part)
+            found = head(part)
+            yield (_squared_error if _is_hidden(wanted, last) else _divergence)(found, wanted)
 
     return loss
 
 
-def labelled(model: RunnableModel, weight: float = 1.0) -> Loss:
+def labelled(model: RunnableModel) -> Loss:
     """Cross-entropy with the data's labels. raises PassError if there are none, or they don't fit"""
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
@@ -255,7 +258,7 @@ def labelled(model: RunnableModel, weight: float = 1.0) -> Loss:
                     hint="Set loss: distill, or use labels that the model's output head was trained for.",
                     data={"reason": "labels", "largest": int(labels.max()), "shape": list(found.shape[1:])},
                 )
-            yield weight * torch.nn.functional.cross_entropy(found, wanted, reduction="none")
+            yield torch.nn.functional.cross_entropy(found, wanted, reduction="none")
 
     return loss
 
@@ -291,10 +294,11 @@ def _is_hidden(output: torch.Tensor, stream: torch.Tensor) -> bool:
 
 
 def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return divergence_terms(wanted, found).flatten(1).sum(1)
+    return divergences(wanted, found).reshape(len(found), -1).sum(1)
 
 
 def _squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    found, wanted = _wide(found), _wide(wanted)
     return (found - wanted).square().mean(-1).sum(1) / wanted.var()
 
 

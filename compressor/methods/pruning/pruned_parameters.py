@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from compressor.lazy import torch
 from compressor.methods.pruning.pruned_shapes import is_root, kept_slices, kept_units
-from compressor.methods.pruning.reconstruction import Batches, Repair, repair
+from compressor.methods.pruning.reconstruction import Calibration, Repair, repair
 from compressor.model.facts import Decision, PrunableModule
 from compressor.model.residual_records import Residual
 from compressor.protocol import PartView
@@ -51,8 +51,10 @@ def prune(
     gains = _gains(residual, decision) if residual is not None else {}
     is_stock = "compressed_shapes" not in view.redefinition.config
     repairs: dict[str, Repair] = {}
-    for s in own if factors or ridge is not None else ():
-        found = _new_reader(view, s, decision, (factors or {}).get(s.name), ridge)
+    inputs = _calibrations(view, [s for s in own if _is_repaired(s, decision)]) if ridge is not None else {}
+    for number, s in enumerate(own if factors or ridge is not None else ()):
+        view.progress(s.name, number / len(own))
+        found = _new_reader(view, s, decision, (factors or {}).get(s.name), inputs.get(s.name), ridge)
         if found is not None:
             repairs |= {s.name: found.repair} if found.repair is not None else {}
             values |= found.values
@@ -81,13 +83,36 @@ class _Reader:
     repair: Repair | None
 
 
-def _new_reader(
-    view: PartView, s: PrunableModule, decision: Decision, factors: Sequence[float] | None, ridge: float | None
-) -> _Reader | None:
+def _is_repaired(s: PrunableModule, decision: Decision) -> bool:
+    """Whether an output projection loses columns, and has columns or a bias that can make up for them."""
     units = kept_units(s, decision)
-    is_cut = len(units) < s.units
-    if factors is None and not (is_cut and ridge is not None and (units or s.bias)):
+    return len(units) < s.units and bool(units or s.bias)
+
+
+def _calibrations(view: PartView, sites: Sequence[PrunableModule]) -> dict[str, Calibration]:
+    """Name of each prunable module -> the inputs of its output projection, from one run of the part."""
+    batches = len(view.states())
+    assert batches or not sites, "the redefinition doesn't follow, so there are no inputs to solve for"
+    found = {s.name: Calibration(batches) for s in sites}
+    for number, inputs in enumerate(view.inputs_of([s.output_projection for s in sites]) if sites else ()):
+        for calibration, x in zip(found.values(), inputs, strict=True):
+            calibration.add(x)
+        view.progress("inputs of the output projections", (number + 1) / batches)
+    return found
+
+
+def _new_reader(
+    view: PartView,
+    s: PrunableModule,
+    decision: Decision,
+    factors: Sequence[float] | None,
+    inputs: Calibration | None,
+    ridge: float | None,
+) -> _Reader | None:
+    """None for an output projection that doesn't change. inputs: of the projection, if it is solved again"""
+    if factors is None and inputs is None:
         return None
+    units = kept_units(s, decision)
     weight, axis = view.read(s.cuts[0].parameter), s.cuts[0].axis
     matrix = weight if axis == 1 else weight.t()
     columns = sorted(column for unit in units for column in s.columns[unit])
@@ -97,10 +122,9 @@ def _new_reader(
         plain = plain * torch.tensor([of[column] for column in columns], dtype=plain.dtype, device=plain.device)
     values: dict[str, torch.Tensor] = {}
     found = None
-    if is_cut and ridge is not None:
-        batches = Batches(lambda: view.inputs(s.output_projection), len(view.states()))
-        assert batches.count, "the redefinition doesn't follow, so there are no inputs to solve for"
-        found = repair(matrix, columns, plain, batches, ridge, s.bias is not None)
+    if inputs is not None:
+        assert ridge is not None
+        found = repair(matrix, columns, plain, inputs, ridge, s.bias is not None)
         plain = found.weight
         if found.shift is not None and s.bias is not None:
             values[s.bias] = view.read(s.bias) + found.shift

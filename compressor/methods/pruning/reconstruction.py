@@ -4,46 +4,87 @@ An output projection W (out, n) keeps only the inputs in K. With the inputs X (t
 
     W' = argmin |X W^T - X_K W'^T - 1 s^T|² + lambda |W'|²
        = W C[:, K] (C[K, K] + lambda I)^-1          lambda = ridge * mean of diag C
+       = W[:, K] + (W[:, D] C[D, K] - lambda W[:, K]) (C[K, K] + lambda I)^-1
 
-where C = X^T X and s = 0. If the output projection has a bias, s is its change: then C is the covariance of X, and
-s = W mean(X) - W' mean(X_K). (The first form is that of Oshin Dutta et al., arXiv 2406.05276, and their code. Centring
-C for a bias is our addition; it is least squares with an intercept.) Sums are float64: n² of them for one matrix.
+where D are the removed inputs, C = X^T X and s = 0. The last form is the one that is computed, since D is the smaller
+set. If the output projection has a bias, s is its change: then C is the covariance of X, and s = W mean(X) -
+W' mean(X_K). (The first form is that of Oshin Dutta et al., arXiv 2406.05276, and their code. Centring C for a bias is
+our addition; it is least squares with an intercept.) C is summed in float32, as GPTQ's Hessian is, or in float64 for a
+float64 model, and solved in float64.
 
 With few tokens the result can be worse. So it is used only if it is nearer to the dense output on held-out tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from compressor.lazy import torch
+from compressor.methods.quantization.hessian import Gram, mirror_
 
 RIDGE = 1e-2  # relative to the mean squared input; our choice, since the paper's text was not read
 HELD_OUT = 4  # one batch of this many is held out
+HELD_OUT_TOKENS = 8192  # that are enough to compare two matrices; they are kept in memory
 
 
 @dataclass
 class Moments:
-    """Sums over tokens. total (n,), gram (n, n), float64."""
+    """Sums over tokens.
 
-    tokens: int
+    total  (n,) float64
+    gram   of (n, n); its dtype is that of the sums
+    """
+
     total: torch.Tensor
-    gram: torch.Tensor
+    gram: Gram
 
     @classmethod
-    def zeros(cls, features: int, device: torch.device) -> Moments:
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+    def zeros(cls, features: int, dtype: torch.dtype, device: torch.device) -> Moments:
+        return cls(
+            torch.zeros(features, dtype=torch.float64, device=device),
+            Gram.zeros(features, torch.promote_types(dtype, torch.float32), device),
+        )
 
-        return cls(0, zeros(features), zeros(features, features))
+    @property
+    def tokens(self) -> int:
+        return self.gram.tokens
 
     def add(self, x: torch.Tensor) -> None:
         """x (tokens, n)."""
-        wide = x.to(torch.float64)
-        self.tokens += len(wide)
-        self.total += wide.sum(0)
-        self.gram.addmm_(wide.t(), wide)
+        self.total += x.sum(0, dtype=torch.float64)
+        self.gram.add(x)
+
+
+@dataclass
+class Calibration:
+    """Inputs of an output projection, one batch after the other: sums of most of them, and the others as they are.
+
+    One batch in HELD_OUT is held out, until these have HELD_OUT_TOKENS. A single batch is divided by its tokens.
+
+    batches   how many there will be
+    held_out  (tokens, n) each
+    """
+
+    batches: int
+    moments: Moments | None = None
+    held_out: list[torch.Tensor] = field(default_factory=list)
+    _seen: int = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """x (tokens, n)."""
+        if self.moments is None:
+            self.moments = Moments.zeros(x.shape[1], x.dtype, x.device)
+        number, self._seen = self._seen, self._seen + 1
+        if self.batches == 1:
+            split = len(x) - len(x) // HELD_OUT
+            self.moments.add(x[:split])
+            self.held_out.append(x[split:])
+        elif number % min(self.batches, HELD_OUT) == 1 and sum(map(len, self.held_out)) < HELD_OUT_TOKENS:
+            self.held_out.append(x)  # the second, and every fourth after it
+        else:
+            self.moments.add(x)
 
 
 @dataclass(frozen=True)
@@ -68,83 +109,84 @@ def solve(
     """
     if ridge <= 0:
         raise ValueError(f"ridge is {ridge}; without one there may be many solutions")
-    wide, index = weight.to(torch.float64), torch.tensor(list(kept), dtype=torch.int64, device=weight.device)
+    wide = weight.to(torch.float64)
+    is_kept = torch.zeros(wide.shape[1], dtype=torch.bool, device=weight.device)
+    is_kept[list(kept)] = True
     mean = moments.total / max(moments.tokens, 1)
-    gram = moments.gram - moments.tokens * torch.outer(mean, mean) if has_bias else moments.gram
-    damping = ridge * float(gram.diagonal().mean())
-    solved = wide[:, index]
-    if damping > 0 and len(kept):  # else there are no inputs
-        inner = gram[index][:, index]
-        inner.diagonal().add_(damping)
-        factor = torch.linalg.cholesky(inner)
-        solved = torch.cholesky_solve((wide @ gram[:, index]).t(), factor).t()
-    return solved, wide @ mean - solved @ mean[index] if has_bias else None
+    gram = moments.gram.matrix
+    mirror_(gram)
+
+    def block(rows: torch.Tensor) -> torch.Tensor:
+        """C[rows, K] in float64."""
+        own = gram[rows][:, is_kept].to(torch.float64)
+        return own - moments.tokens * torch.outer(mean[rows], mean[is_kept]) if has_bias else own
+
+    squares = gram.diagonal().to(torch.float64)
+    damping = ridge * float((squares - moments.tokens * mean.square() if has_bias else squares).mean())
+    solved = wide[:, is_kept]
+    if 0 < damping < math.inf and len(kept):  # else there are no inputs, or they overflow
+        inner = block(is_kept)
+        damping, factor = _damped_factor(inner, damping)
+        missing = wide[:, ~is_kept] @ block(~is_kept) - damping * solved
+        solved = solved + torch.cholesky_solve(missing.t(), factor).t()
+    return solved, wide @ mean - solved @ mean[is_kept] if has_bias else None
 
 
-def output_error(
+def _damped_factor(inner: torch.Tensor, damping: float) -> tuple[float, torch.Tensor]:
+    """The damping that was needed, and the lower factor of inner + damping I. `inner` is overwritten.
+
+    C is summed in float32. If few directions are much larger than all others, or a mean much larger than the deviations
+    from it, the rounding of these sums can exceed the damping. Then ten times as much is tried.
+    """
+    added = 0.0
+    while True:
+        inner.diagonal().add_(damping - added)
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        if not bool(failed):
+            return damping, factor
+        damping, added = 10 * damping, damping
+
+
+def output_errors(
     weight: torch.Tensor,
-    cut: torch.Tensor,
-    shift: torch.Tensor | None,
+    cuts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     kept: Sequence[int],
     batches: Iterable[torch.Tensor],
-) -> float:
-    """Mean of |W x - W' x_K - s|² over tokens, divided by the mean of |W x|²; 0 if there is no output."""
-    wide = weight.to(torch.float64)
-    difference = wide.clone()
-    difference[:, torch.tensor(list(kept), dtype=torch.int64, device=weight.device)] -= cut.to(torch.float64)
-    lost = given = 0.0
-    for x in batches:
-        apart = x.to(torch.float64) @ difference.t()
-        lost += float((apart if shift is None else apart - shift).square().sum())
-        given += float((x.to(torch.float64) @ wide.t()).square().sum())
-    return lost / given if given else 0.0
+) -> list[float]:
+    """For each (W', s) the mean of |W x - W' x_K - s|² over tokens, divided by the mean of |W x|²; 0 without output."""
+    wide, index = weight.to(torch.float64), torch.tensor(list(kept), dtype=torch.int64, device=weight.device)
+    differences = []
+    for cut, _ in cuts:
+        difference = wide.clone()
+        difference[:, index] -= cut.to(torch.float64)
+        differences.append(difference)
+    given, lost = 0.0, [0.0] * len(cuts)
+    for batch in batches:
+        x = batch.to(torch.promote_types(batch.dtype, torch.float32))
+        given += float((x @ wide.to(x.dtype).t()).double().square().sum())
+        for number, (difference, (_, shift)) in enumerate(zip(differences, cuts, strict=True)):
+            apart = (x @ difference.to(x.dtype).t()).double()
+            lost[number] += float((apart if shift is None else apart - shift).square().sum())
+    return [one / given if given else 0.0 for one in lost]
 
 
 def repair(
     weight: torch.Tensor,
     kept: Sequence[int],
     plain: torch.Tensor,
-    inputs: Sequence[torch.Tensor] | Batches,
+    inputs: Calibration,
     ridge: float = RIDGE,
     has_bias: bool = False,
 ) -> Repair:
     """The solved matrix, or the plain one if that is nearer to the dense output on held-out batches.
 
+    kept    ascending
     plain   the matrix without solving: W[:, kept], or that with factors
-    inputs  batches of the output projection's inputs in the dense model, read twice
+    inputs  of the output projection in the dense model, at least one batch
     """
-    batches = inputs if isinstance(inputs, Batches) else Batches(lambda: iter(inputs), len(inputs))
-    moments = Moments.zeros(weight.shape[1], weight.device)
-    for x in batches.summed():
-        moments.add(x)
-    solved, shift = solve(weight, kept, moments, ridge, has_bias)
-    before = output_error(weight, plain, None, kept, batches.held_out())
-    after = output_error(weight, solved, shift, kept, batches.held_out())
+    assert inputs.moments is not None
+    solved, shift = solve(weight, kept, inputs.moments, ridge, has_bias)
+    before, after = output_errors(weight, [(plain, None), (solved, shift)], kept, inputs.held_out)
     if after < before:
         return Repair(solved, shift, before, after)
     return Repair(plain, None, before, after)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Calibration batches that can be read more than once, in two parts: one in HELD_OUT is held out.
-
-    A single batch is divided by its tokens.
-    """
-
-    start: Callable[[], Iterator[torch.Tensor]]
-    count: int
-
-    def summed(self) -> Iterator[torch.Tensor]:
-        return self._part(held_out=False)
-
-    def held_out(self) -> Iterator[torch.Tensor]:
-        return self._part(held_out=True)
-
-    def _part(self, held_out: bool) -> Iterator[torch.Tensor]:
-        for number, x in enumerate(self.start()):
-            if self.count == 1:
-                split = len(x) - len(x) // HELD_OUT
-                yield x[split:] if held_out else x[:split]
-            elif (number % min(self.count, HELD_OUT) == 1) == held_out:  # the second, and every fourth after it
-                yield x
