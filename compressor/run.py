@@ -19,6 +19,7 @@ from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.files import check_files, remove_artifact
 from compressor.artifact.findings import Findings
 from compressor.artifact.manifest import Source, read_manifest
+from compressor.artifact.speed_runs import SPEED_TOKENS
 from compressor.artifact.writer import carried, seal, write_artifact
 from compressor.data.samples import Samples
 from compressor.engine.events import Emit, PredictedStage, warning_event
@@ -38,7 +39,6 @@ from compressor.evaluation.metrics import unmeasured
 from compressor.evaluation.report import build_report, write_card, write_reports
 from compressor.evaluation.saturation import uncounted
 from compressor.evaluation.sections import Report
-from compressor.evaluation.speed import SPEED_TOKENS
 from compressor.evaluation.weight_sizes import weight_sizes
 from compressor.model.checkpoint import model_label
 from compressor.model.stored_weight import StoredWeight

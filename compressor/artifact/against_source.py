@@ -19,9 +19,10 @@ Of a quantized source, transformers gets the dense tensors that `quantized_sourc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,13 @@ from compressor.errors import ArtifactError
 from compressor.layers import find_layer
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.empty_model import bound_model
 from compressor.model.model_class import class_of, config_and_class
 from compressor.model.quantized_source import load_dequantized
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, relative_distance
-from compressor.model.streamed import StreamedModel, streamed_of
-from compressor.model.structure import read_structure
+from compressor.model.streamed import DenseFiller, StreamedModel, streamed_of
+from compressor.model.structure import find_blocks, read_structure
 from compressor.model.weight_names import read_parameter
 from compressor.model.weights import Weight, part_of
 from compressor.storage.file_names import MANIFEST
@@ -74,6 +76,14 @@ def load_source(
         config, _ = config_and_class(checkpoint, trust_remote_code)
         return load_dequantized(cls, checkpoint, config, offload, **options).eval()
     return cls.from_pretrained(directory, **options).eval()
+
+
+def stream_source(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool) -> StreamedModel:
+    """The source read by this package, whose blocks are in memory while they run. The model's dtype is `dtype`."""
+    config, cls = config_and_class(checkpoint, trust_remote_code)
+    name = str(dtype).removeprefix("torch.")
+    checkpoint, model, bindings, _ = bound_model(checkpoint, cls, config, name, cached=True)
+    return StreamedModel(DenseFiller(checkpoint, model, bindings), find_blocks(model))
 
 
 def does_not_fit(checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None) -> bool:
@@ -214,12 +224,8 @@ def _compare_dense(source: Any, is_unchanged: Callable[[str], bool], prints: dic
     """Compare tensors that no step changed. Returns the number of equal ones, and the problems."""
     problems: list[str] = []
     equal = 0
-    for name, _ in _tensors(source):
-        if not is_unchanged(name):
-            continue
-        found = prints.get(name)
-        with _held(source, name) as meant:
-            expected = _print(meant)
+    for name, meant in _each_held(source, [name for name, _ in _tensors(source) if is_unchanged(name)]):
+        found, expected = prints.get(name), _print(meant)
         equal += found == expected
         if found is None:
             problems.append(f"{name} of the source is missing in the artifact")
@@ -280,7 +286,7 @@ def _compare_stored(
     """
     problems: list[str] = []
     largest = 0.0
-    for parameter, weights in _by_parameter(own, forms):
+    for parameter, weights in _by_parameter((own, source), forms):
         with _held(source, parameter) as whole:
             for weight in weights:
                 error, recorded = _distance(own, weight, part_of(whole, weight), dtype), errors.get(weight.name)
@@ -292,15 +298,17 @@ def _compare_stored(
     return largest, problems
 
 
-def _by_parameter(own: Any, forms: Sequence[StoredWeight]) -> Iterator[tuple[str, list[Weight]]]:
-    """The stored weights of each parameter, whose block is in memory meanwhile if the model is streamed."""
-    streamed = streamed_of(own)
+def _by_parameter(models: Sequence[Any], forms: Sequence[StoredWeight]) -> Iterator[tuple[str, list[Weight]]]:
+    """The stored weights of each parameter, whose block is in memory meanwhile in models that are streamed."""
+    parts = [streamed for model in models if (streamed := streamed_of(model)) is not None]
     units: dict[str, dict[str, list[Weight]]] = {}
     for weight in (form.weight for form in forms if not form.weight.is_function):
-        unit = "" if streamed is None else streamed.unit_of(weight.parameter)
+        unit = parts[0].unit_of(weight.parameter) if parts else ""
         units.setdefault(unit, {}).setdefault(weight.parameter, []).append(weight)
     for unit, parameters in units.items():
-        with nullcontext() if streamed is None else streamed.holding(unit):
+        with ExitStack() as stack:
+            for streamed in parts:
+                stack.enter_context(streamed.holding(unit))
             yield from parameters.items()
 
 
@@ -379,6 +387,9 @@ def _lend_layers(source: Any, own: Any, manifest: Manifest) -> None:
         if form.weight.expert is None:
             owner, _, leaf = _module(form.weight).rpartition(".")
             setattr(source.get_submodule(owner), leaf, _Lent(own, _module(form.weight)))
+    if (filled := streamed_of(source)) is not None:
+        modules = [_module(form.weight) for form in forms if form.weight.expert is None]
+        filled.leave_out({*experts, *_rewritten(manifest)}, modules)
 
 
 def _hold_while_running(source: Any, streamed: StreamedModel, path: str) -> None:
@@ -446,10 +457,16 @@ def compare_outputs(found: Tensor, meant: Tensor) -> float | None:
 
 def _equal_elsewhere(meant: Tensor, found: Tensor, members: list[Weight]) -> bool:
     """Whether two parameters are equal outside the slices that these weights are."""
-    outside = torch.ones(meant.shape, dtype=torch.bool)
+    by_expert: dict[int | None, list[Weight]] = {}
     for weight in members:
-        part_of(outside, weight).fill_(False)
-    return meant.dtype == found.dtype and bool((meant.eq(found) | ~outside).all())
+        by_expert.setdefault(weight.expert, []).append(replace(weight, expert=None))
+    for number, (one, other) in enumerate(zip(meant, found, strict=True)):
+        outside = torch.ones(one.shape, dtype=torch.bool)
+        for weight in by_expert.get(number, ()):
+            part_of(outside, weight).fill_(False)
+        if not bool((one.eq(other) | ~outside).all()):
+            return False
+    return meant.dtype == found.dtype
 
 
 def _fetch(module: torch.nn.Module) -> None:
@@ -468,6 +485,16 @@ def _module(weight: Weight) -> str:
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
+
+
+def _each_held(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a model, loaded if they aren't in memory. A block is loaded once for all of its own."""
+    streamed = streamed_of(model)
+    for unit, members in groupby(names, lambda name: "" if streamed is None else streamed.unit_of(name)):
+        with nullcontext() if streamed is None else streamed.holding(unit):
+            for name in members:
+                with _held(model, name) as value:
+                    yield name, value
 
 
 @contextmanager
@@ -489,5 +516,8 @@ def _present(model: Any, name: str) -> Iterator[None]:
 
 def _print(value: Tensor) -> Print:
     described = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return described, hashlib.sha256(raw.data).hexdigest()
+    found = hashlib.sha256()
+    # Experts are copied one after the other: a hash reads pages of a mapped file that only torch would give back.
+    for piece in map(torch.clone, value.detach()) if value.dim() == 3 else (value.detach(),):
+        found.update(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return described, found.hexdigest()

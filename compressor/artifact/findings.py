@@ -74,7 +74,7 @@ class TensorComparison:
 class SourceComparison:
     """The comparison with the source.
 
-    loaded_to        memory | disk
+    loaded_to        memory | disk | parts (a block is in memory while it runs)
     output_distance  relative; None for outputs of another shape
     tensors          None if a step rewrote the model, so that tensors have no counterpart
     """

@@ -20,14 +20,16 @@ from compressor.layers import find_layer
 from compressor.model.attention import choose_plain
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.empty_model import skeleton
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.reshaped_class import class_for
-from compressor.model.stored_weight import StoredWeight
+from compressor.model.stored_weight import StoredWeight, joined_experts
 from compressor.model.streamed import tied_value
 from compressor.model.trusted_code import check_kernels
-from compressor.model.weight_names import Bindings, bind, fill
-from compressor.model.weights import Weight, part_of
+from compressor.model.weight_names import Bindings, bind, fill, fill_experts
+from compressor.model.weights import Weight
 from compressor.process.resources import ran_out
 from compressor.storage.file_names import MANIFEST
+from compressor.storage.safetensors_file import read_slices
 
 KERNELS = ("auto", "strict", "reference")
 
@@ -84,6 +86,7 @@ class Unfilled:
     dtype      dtype of dequantized weights
     modules    module that a layer replaces -> name of its weight. Experts are not modules
     matrix_of  gives the dequantized matrix (out_features, in_features) of a stored weight
+    mapped     makes the parameters of experts; None: they are in memory
     """
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
@@ -99,6 +102,7 @@ class Unfilled:
         for form in sorted({form.form for form in self.forms.values()}):
             find_layer(form).prepare(self.model)
         self.matrix_of: Callable[[StoredWeight], Tensor] = self._own_matrix
+        self.mapped: MappedTensors | None = None
         self.modules = {
             form.weight.parameter.removesuffix(".weight"): name
             for name, form in self.forms.items()
@@ -116,7 +120,7 @@ class Unfilled:
 
     def value(self, name: str) -> Tensor:
         """The value of a parameter or buffer, dequantized if layers store it; of a tied one that of its origin."""
-        return tied_value(name, self.bindings, self._read, self.model)
+        return tied_value(name, self.bindings, self._read, self._read_experts, self.model, self.mapped)
 
     def place(self, module: str) -> Any:
         """Replace a module by its layer. Returns what was there before, or None."""
@@ -132,20 +136,20 @@ class Unfilled:
         if holder is not None:
             return self.layer(holder.weight.name).vector(self.dtype)
         if tensor in self._slices:
-            return self._joined(self._slices[tensor])
+            parameter = self.model.get_parameter(self._slices[tensor][0].weight.parameter)
+            return fill_experts(torch.empty(parameter.shape, dtype=self.dtype), self._read_experts(tensor))
         form = self.forms.get(tensor.removesuffix(".weight"))
         if form is None:
             return self.checkpoint.read(tensor)
         matrix = self.matrix_of(form)
         return matrix.t() if form.weight.transposed else matrix
 
-    def _joined(self, slices: list[StoredWeight]) -> Tensor:
-        """A tensor of all experts; `_check_places` has made sure that these are all of it."""
-        parameter = self.model.get_parameter(slices[0].weight.parameter)
-        value = torch.empty(parameter.shape, dtype=self.dtype)
-        for form in slices:
-            part_of(value, form.weight).copy_(self.matrix_of(form))
-        return value
+    def _read_experts(self, tensor: str) -> Iterator[Tensor]:
+        """The matrices in a tensor of all experts, of which all are stored or none, as `_check_slices` knows."""
+        stored = self._slices.get(tensor, [])
+        raw = None if stored else read_slices(self.checkpoint.tensors[tensor])
+        shape = self.model.get_parameter(self.bindings.parameters_by_tensor[tensor]).shape
+        return joined_experts(raw, stored, shape, self.dtype, self.matrix_of)
 
 
 def _filled_model(checkpoint: Checkpoint, manifest: Manifest) -> transformers.PreTrainedModel:

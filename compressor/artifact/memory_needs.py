@@ -13,11 +13,14 @@ import psutil
 
 from compressor.artifact.manifest import read_manifest
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
+from compressor.model.mapped_tensors import MappedTensors, expert_parameters
 from compressor.model.quantized_source import dequantized
+from compressor.model.streamed import StreamedModel
 from compressor.storage.file_names import MANIFEST
 
 INTERPRETER_BYTES = 420 << 20  # resident size of Python with torch and transformers loaded; our measurement
 MEMORY_SHARE = 0.9  # of the free memory, if no limit is set
+TWO_BLOCKS_BYTES = 128 << 20  # beside two blocks that are compared; we measured 93 MiB at a width of 1024
 CHUNK_BYTES = 256 << 20  # of working copies of logits, which are compared a few positions at a time
 
 
@@ -58,6 +61,31 @@ def verification_bytes(directory: Path, source: Path | None) -> float:
 def whole_verification_bytes(dense: float, stored: int, source: int) -> float:
     """The same from bytes of the artifact's dequantized weights, of its stored ones, and of the source's."""
     return INTERPRETER_BYTES + dense + 2 * stored + source
+
+
+def speed_bytes(held: float) -> float:
+    """Memory for measuring the speed of a model that holds so many bytes."""
+    return INTERPRETER_BYTES + held + CHUNK_BYTES
+
+
+def two_blocks_bytes(outside: int, block: int) -> int:
+    """Memory of a process that holds a block of two models at once, and the parts outside of blocks."""
+    return INTERPRETER_BYTES + outside + 2 * block + TWO_BLOCKS_BYTES
+
+
+def map_large_experts(streamed: StreamedModel, mapped: MappedTensors, limit: int) -> bool:
+    """Let the experts of a model lie in mapped files if two of its blocks don't fit beside everything else.
+
+    limit    bytes of memory that the process may use
+    returns  whether they do
+    """
+    sizes = {unit: sum(map(streamed.nbytes_of, names)) for unit, names in streamed.units.items()}
+    blocks = [size for unit, size in sizes.items() if unit.startswith(streamed.blocks_path + ".")]
+    needed = two_blocks_bytes(sum(sizes.values()) - sum(blocks), max(blocks))
+    names = [name for members in streamed.units.values() for name in members]
+    if needed > limit and expert_parameters(streamed.model, names):
+        streamed.filler.mapped = mapped
+    return streamed.filler.mapped is not None
 
 
 def _itemsize(checkpoint: Checkpoint) -> int:

@@ -17,12 +17,25 @@ from torch import Tensor
 from compressor.artifact import against_source, generation
 from compressor.artifact.findings import Findings, SourceComparison
 from compressor.artifact.manifest import Change, Manifest
+from compressor.artifact.memory_needs import map_large_experts
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.probe_model import use_eager_experts
 from compressor.model.quantized_source import open_source
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory of the process, and mapped files for experts that don't fit into it.
+
+    limit  bytes of memory that the process may use
+    """
+
+    limit: int
+    mapped: MappedTensors
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class SourceRequest:
     directory: Path
     trust_remote_code: bool
     limit: int | None
+    room: Room
 
 
 @dataclass(frozen=True)
@@ -86,17 +100,28 @@ def compare_with_source(
         return SourceAnswer()
     offload = against_source.does_not_fit(checkpoint, artifact.dtype, request.limit)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compress-model-"))) if offload else None
-        stack.enter_context(stock_works(request.directory, ModelError))
-        source = against_source.load_source(
-            request.directory, checkpoint, artifact.dtype, trust_remote_code=request.trust_remote_code, offload=scratch
-        )
+        source = _streamed_source(request, checkpoint, artifact) if offload else None
+        if source is not None:
+            place = "parts"
+            found.notes.append("the source was read by this package, since transformers needs a whole block in memory")
+        else:
+            place, scratch = ("disk" if offload else "memory"), None
+            if offload:
+                scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compress-model-")))
+            stack.enter_context(stock_works(request.directory, ModelError))
+            source = against_source.load_source(
+                request.directory,
+                checkpoint,
+                artifact.dtype,
+                trust_remote_code=request.trust_remote_code,
+                offload=scratch,
+            )
         use_eager_experts(source.config)
         with torch.no_grad(), without_cache(source):
             plain = output_of(source(**artifact.inputs))
         failure = None if generates else generation.generate_tokens(source, artifact.inputs)[1]
         distance = against_source.compare_outputs(artifact.output, plain)
-        found.source = SourceComparison("disk" if offload else "memory", distance)
+        found.source = SourceComparison(place, distance)
         if not bool(torch.isfinite(plain).all()):
             found.problems.append("the source, loaded by stock transformers, gives NaN or Inf too: set model.dtype")
         if any(change["rewrites"] for change in changes):
@@ -106,6 +131,16 @@ def compare_with_source(
             found.problems += reading + _rewriting_problems(source, artifact, changes, distance)
             return SourceAnswer(failure=failure)
         return SourceAnswer(_compare_tensors(source, artifact, bool(changes), found), failure)
+
+
+def _streamed_source(request: SourceRequest, checkpoint: Checkpoint, artifact: LoadedArtifact) -> Any | None:
+    """The source's model, whose blocks are in memory while they run, if its experts have to lie in mapped files.
+
+    None if a block fits into memory.
+    """
+    streamed = against_source.stream_source(checkpoint, artifact.dtype, trust_remote_code=request.trust_remote_code)
+    is_mapped = map_large_experts(streamed, request.room.mapped, request.room.limit)
+    return streamed.model if is_mapped else None
 
 
 def _rewriting_problems(

@@ -23,6 +23,7 @@ from compressor.artifact.stock_formats import module_of
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.streamed import StreamedModel
 from compressor.model.structure import find_blocks
@@ -68,6 +69,14 @@ class ArtifactFiller:
         gone = tuple(f"{module}." for module in outside)
         names = [*unfilled.bindings.sources, *unfilled.bindings.tied]
         self._names = [name for name in names if not name.startswith(gone) and not is_replaced(name, self.in_blocks)]
+
+    @property
+    def mapped(self) -> MappedTensors | None:
+        return self.unfilled.mapped
+
+    @mapped.setter
+    def mapped(self, value: MappedTensors | None) -> None:
+        self.unfilled.mapped = value
 
     def names(self) -> list[str]:
         return self._names

@@ -23,6 +23,7 @@ is judged as above.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -38,19 +39,21 @@ from compressor.artifact.files import compare_files
 from compressor.artifact.findings import Findings, LayerComparison, Verification
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import Manifest, read_manifest
-from compressor.artifact.memory_needs import gibibytes, limit_bytes, verification_bytes
-from compressor.artifact.source_verification import LoadedArtifact, SourceRequest, compare_with_source
+from compressor.artifact.memory_needs import gibibytes, limit_bytes, map_large_experts, verification_bytes
+from compressor.artifact.source_verification import LoadedArtifact, Room, SourceRequest, compare_with_source
 from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.stock_layers import Forward, compare_layers
 from compressor.artifact.stock_loading import load_stock, stock_works
 from compressor.artifact.streaming import StockDecompressor, load_streamed
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, is_finite, open_checkpoint
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.probe_model import example_batch, use_eager_experts
 from compressor.model.side_files import OWN_MODELING
 from compressor.model.trusted_code import carried_code_problems
 from compressor.process.child import ask
 from compressor.process.memory import return_large_blocks
+from compressor.storage.safetensors_file import read_pieces
 
 OURS = "compressor.load"  # in messages
 STOCK, STOCK_AGAIN, OWN, SOURCE = (
@@ -165,8 +168,11 @@ def verify(
         if found.loaded == "parts":
             return_large_blocks()
             source_limit = 0
-        original = SourceRequest(source, trust_remote_code, source_limit) if source is not None else None
-        _compare_models(artifact, probe, original, found)
+        folder = probe.parent if probe is not None else Path(tempfile.gettempdir())
+        room = Room(limit_bytes(memory), MappedTensors(folder))
+        original = SourceRequest(source, trust_remote_code, source_limit, room) if source is not None else None
+        with room.mapped:
+            _compare_models(artifact, probe, original, room, found)
     return found
 
 
@@ -181,15 +187,20 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
         problems, found.notes = compare_files(artifact.directory, artifact.manifest)
         found.problems += problems
     for name in artifact.checkpoint.tensors.keys() - artifact.manifest.get("carried", {}).keys():
-        dtype = artifact.checkpoint.tensors[name].dtype
-        if dtype.is_floating_point and not is_finite(artifact.checkpoint.read(name)):
+        info = artifact.checkpoint.tensors[name]
+        if info.dtype.is_floating_point and not all(map(is_finite, read_pieces(info))):
             found.problems.append(f"{name} contains NaN or Inf")
 
 
-def _compare_models(artifact: Artifact, probe: Path | None, source: SourceRequest | None, found: Findings) -> None:
+def _compare_models(
+    artifact: Artifact, probe: Path | None, source: SourceRequest | None, room: Room, found: Findings
+) -> None:
     """Load the artifact both ways, then the source, and judge their outputs."""
-    stock = _run_stock(artifact, probe, found) if found.loaded == "whole" else _run_stock_parts(artifact, probe, found)
-    own, output = _run_own(artifact, stock.inputs, found)
+    if found.loaded == "whole":
+        stock = _run_stock(artifact, probe, found)
+    else:
+        stock = _run_stock_parts(artifact, probe, room, found)
+    own, output = _run_own(artifact, stock.inputs, room, found)
     outputs = {**stock.outputs, OWN: output}
     _check_shapes(outputs, stock.reference(outputs), found)
     if found.problems:
@@ -223,7 +234,7 @@ def _run_stock(artifact: Artifact, probe: Path | None, found: Findings) -> Stock
     return _stock_run(artifact, model, probe, (STOCK, STOCK_AGAIN), keeps=artifact.forward is not None)
 
 
-def _run_stock_parts(artifact: Artifact, probe: Path | None, found: Findings) -> StockRun:
+def _run_stock_parts(artifact: Artifact, probe: Path | None, room: Room, found: Findings) -> StockRun:
     """Run the artifact with the stock class, block by block, dequantized as its stock loader would.
 
     Layers that compute their own matmul can't be loaded in parts. Then ours stand for them, which is noted.
@@ -234,6 +245,7 @@ def _run_stock_parts(artifact: Artifact, probe: Path | None, found: Findings) ->
         needed = gibibytes(verification_bytes(artifact.directory, None))
         found.notes.append(f"the layers of {manifest['route']} were not run: that needs {needed} of memory")
     streamed = load_streamed(checkpoint, manifest, StockDecompressor.of(checkpoint) if is_packed else None)
+    map_large_experts(streamed, room.mapped, room.limit)
     found.stock_load = True
     beside = manifest.get("carried", {}).keys()
     found.unexpected = sorted(unused.tensor for unused in streamed.unused if unused.tensor not in beside)
@@ -278,12 +290,14 @@ def _check_keys(artifact: Artifact, info: dict[str, Any], found: Findings) -> No
             found.problems.append(f"stock loading reports {len(names)} {key} tensors, such as {names[0]}")
 
 
-def _run_own(artifact: Artifact, inputs: dict[str, Any], found: Findings) -> tuple[Any, Tensor]:
+def _run_own(artifact: Artifact, inputs: dict[str, Any], room: Room, found: Findings) -> tuple[Any, Tensor]:
     """The artifact by `compressor.load`, and its output."""
     if found.loaded == "whole":
         own: Any = load(artifact.directory, check_hashes=False, kernels="reference")
     else:
-        own = load_streamed(artifact.checkpoint, artifact.manifest).model
+        streamed = load_streamed(artifact.checkpoint, artifact.manifest)
+        map_large_experts(streamed, room.mapped, room.limit)
+        own = streamed.model
     found.own_load = True
     use_eager_experts(own.config)
     with torch.no_grad(), without_cache(own), stock_works(artifact.directory, who=OURS):

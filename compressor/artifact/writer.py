@@ -26,7 +26,7 @@ from compressor.model.stored_weight import StoredWeight, has_experts
 from compressor.model.structure import Structure
 from compressor.model.unused_tensors import Unused
 from compressor.storage.file_names import MANIFEST
-from compressor.storage.safetensors_file import NAMES, Entry, TensorInfo, read_bytes, read_header, write_file
+from compressor.storage.safetensors_file import NAMES, Entry, TensorInfo, read_header, read_pieces, write_file
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def write_artifact(
     shards = assign_shards(named, shard_bytes)
     for file, names in shards.items():
         entries = [
-            Entry(name, infos[name].dtype, infos[name].shape, partial(read_bytes, infos[name]), infos[name].small)
+            Entry(name, infos[name].dtype, infos[name].shape, partial(read_pieces, infos[name]), infos[name].small)
             for name in names
         ]
         write_file(directory / file, entries)

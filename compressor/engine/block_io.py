@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from compressor.layers import find_layer
 from compressor.layers.base import Layer
-from compressor.model.stored_weight import StoredWeight, replaced_tensors
+from compressor.model.mapped_tensors import MappedTensors, expert_parameters
+from compressor.model.stored_weight import StoredWeight, joined_experts, replaced_tensors
 from compressor.model.structure import Structure
-from compressor.model.weight_names import fill, read_parameter
+from compressor.model.weight_names import fill, fill_experts, read_experts_parameter, read_parameter
 from compressor.model.weights import Weight, part_of
 from compressor.process.memory import return_freed_memory
+from compressor.storage.safetensors_file import Entry, TensorInfo, read_header, read_pieces, read_slices
 
 
 @dataclass
@@ -35,7 +38,7 @@ class PartSource:
     def names(self, part: int) -> list[str]:
         """Checkpoint names of the tensors in this part, sorted."""
         if self.file is not None:
-            return sorted(self._keys())
+            return sorted(self._header)
         return sorted(tensor for tensor, at in self.structure.part_by_tensor.items() if at == part)
 
     def read(self, tensor: str) -> Tensor:
@@ -46,8 +49,9 @@ class PartSource:
         dtype = self.structure.dtype
         if self.file is None:
             return self.structure.read(tensor)
-        if slices := [form for form in self.forms.values() if form.weight.tensor == tensor and form.weight.is_slice]:
-            return self._joined(tensor, slices)
+        if self._slices(tensor):
+            empty = torch.empty(self._parameter(tensor).shape, dtype=self._experts_dtype(tensor))
+            return fill_experts(empty, self.read_experts(tensor))
         form = self.forms.get(tensor.removesuffix(".weight"))
         if form is not None:
             matrix = self.layer(form).matrix(dtype)
@@ -58,21 +62,34 @@ class PartSource:
         with safe_open(self.file, framework="pt") as opened:
             return opened.get_tensor(tensor)
 
-    def _joined(self, tensor: str, slices: list[StoredWeight]) -> Tensor:
-        """The parameter of all experts, some of which are stored. The file has its tensor unless all of them are."""
-        model, parameter = self.structure.model, slices[0].weight.parameter
-        if tensor in self._keys():
-            value = read_parameter(parameter, self.structure.bindings, self.raw, model)
-        else:
-            value = torch.empty(model.get_parameter(parameter).shape, dtype=self.structure.dtype)
-        for form in slices:
-            part_of(value, form.weight).copy_(self.layer(form).matrix(value.dtype))
-        return value
+    def read_experts(self, tensor: str) -> Iterator[Tensor]:
+        """The matrices (rows, columns) in a tensor of all experts, as its parameter has them. Stored ones are
+        dequantized. The file has the tensor unless all of them are stored.
+        """
+        dtype, raw = self._experts_dtype(tensor), None
+        if self.file is None:
+            raw = self.structure.read_slices(tensor)
+        elif tensor in self._header:
+            raw = read_slices(self._header[tensor])
+        return joined_experts(
+            raw, self._slices(tensor), self._parameter(tensor).shape, dtype, lambda form: self.layer(form).matrix(dtype)
+        )
 
-    def _keys(self) -> list[str]:
+    def _experts_dtype(self, tensor: str) -> torch.dtype:
+        is_dense = self.file is None or tensor in self._header
+        return self.structure.bindings.dtype_of(tensor) if is_dense else self.structure.dtype
+
+    def _slices(self, tensor: str) -> list[StoredWeight]:
+        """The stored weights in a tensor of all experts."""
+        return [form for form in self.forms.values() if form.weight.tensor == tensor and form.weight.is_slice]
+
+    def _parameter(self, tensor: str) -> Tensor:
+        return self.structure.model.get_parameter(self.structure.bindings.parameters_by_tensor[tensor])
+
+    @cached_property
+    def _header(self) -> dict[str, TensorInfo]:
         assert self.file is not None
-        with safe_open(self.file, framework="pt") as opened:
-            return list(opened.keys())
+        return read_header(self.file)
 
     def layer(self, form: StoredWeight) -> Layer:
         """The layer of a stored weight, without its bias."""
@@ -82,12 +99,14 @@ class PartSource:
             tensors = {name.removeprefix(form.weight.name + "."): opened.get_tensor(name) for name in names}
         return find_layer(form.form).from_tensors(form.spec, tensors)
 
-    def raw(self, tensor: str) -> Tensor:
-        """A tensor as this source stores it, by its name in the source."""
-        if self.file is None:
-            return self.read(tensor)
-        with safe_open(self.file, framework="pt") as opened:
-            return opened.get_tensor(tensor)
+    def entry(self, tensor: str) -> Entry:
+        """A tensor as this source stores it, for writing."""
+        if self.file is not None:
+            info = self._header[tensor]
+            return Entry(tensor, info.dtype, info.shape, partial(read_pieces, info))
+        info, read = self.structure.checkpoint.tensors[tensor], self.structure.read
+        whole = partial(self.structure.read_slices, tensor) if info.is_sliced else lambda: [read(tensor)]
+        return Entry(tensor, self.structure.bindings.dtype_of(tensor), info.shape, whole)
 
 
 @dataclass
@@ -143,27 +162,45 @@ class Installed:
 
 
 def fill_part(
-    structure: Structure, part: int, source: PartSource, device: torch.device, compared: Collection[str] = ()
+    structure: Structure,
+    part: int,
+    source: PartSource,
+    device: torch.device,
+    compared: Collection[str] = (),
+    mapped: MappedTensors | None = None,
 ) -> bool:
     """Fill the model's parameters of one part. All other parameters stay as they are.
 
     compared  names of parameters that have values
-    returns   whether these had the same values before
+    mapped    makes the parameters of experts; None: they are in memory
+    returns   whether `compared` had the same values before
     """
     same = True
-    for name, value in _values(structure, part, source):
+    for name, value in _values(structure, part, source, mapped):
         value = value.to(device)
-        same = same and (name not in compared or torch.equal(structure.model.get_parameter(name), value))
+        same = same and (name not in compared or _equal(structure.model.get_parameter(name), value))
         fill(name, value, structure.model)
     tie(structure)
     return same
 
 
-def _values(structure: Structure, part: int, source: PartSource) -> Iterator[tuple[str, Tensor]]:
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the same shape are equal. Experts are compared one after the other."""
+    return all(map(torch.equal, one, other)) if one.dim() == 3 else torch.equal(one, other)
+
+
+def _values(
+    structure: Structure, part: int, source: PartSource, mapped: MappedTensors | None
+) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of the parameters of a part, one after the other."""
-    for name in structure.parameters_of(part):
-        value = read_parameter(name, structure.bindings, source.read, structure.model)
-        yield name, value.to(structure.bindings.dtypes[name])
+    names, model, bindings = structure.parameters_of(part), structure.model, structure.bindings
+    experts = expert_parameters(model, names) if mapped is not None else ()
+    for name in names:
+        if mapped is not None and name in experts:
+            value = read_experts_parameter(name, bindings, source.read, source.read_experts, model, mapped.empty)
+        else:
+            value = read_parameter(name, bindings, source.read, model)
+        yield name, value.to(bindings.dtypes[name])
     for form in source.forms.values():
         if form.weight.parameter in structure.bindings.tied:  # an untied output head has no tensor in the source
             yield form.weight.parameter, source.read(form.weight.tensor)
@@ -201,10 +238,12 @@ def view(structure: Structure, weight: Weight) -> Tensor:
     return part_of(structure.model.get_parameter(weight.parameter).data, weight)
 
 
-def part_tensors(
+def part_entries(
     part: int, source: PartSource, put: dict[str, tuple[StoredWeight, Layer]], written: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[Entry]:
     """The tensors of a part file: every tensor of the source except those of replaced weights, and the new layers.
+
+    Tensors of the source are read when they are written.
 
     written  new values of dense tensors, by name
     """
@@ -212,10 +251,18 @@ def part_tensors(
     replaced = replaced_tensors([*earlier, *(form for form, _ in put.values())], source.structure.checkpoint)
     for tensor in source.names(part):
         if tensor not in replaced and not any(_belongs(tensor, form.weight) for form, _ in put.values()):
-            yield tensor, written[tensor] if tensor in written else source.raw(tensor)
-    for name, (_, layer) in put.items():
+            yield _entry(tensor, written[tensor]) if tensor in written else source.entry(tensor)
+    for name, (form, layer) in put.items():
         for suffix, value in layer.tensors().items():
-            yield f"{name}.{suffix}", value
+            yield _entry(f"{name}.{suffix}", value, copied=form.weight.expert is not None)
+
+
+def _entry(name: str, value: Tensor, *, copied: bool = False) -> Entry:
+    """A tensor that exists.
+
+    copied  it may lie in a mapped file, whose pages can be given back if a copy is written
+    """
+    return Entry(name, value.dtype, tuple(value.shape), lambda: [value.clone() if copied else value])
 
 
 def _belongs(tensor: str, weight: Weight) -> bool:

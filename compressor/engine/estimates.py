@@ -13,11 +13,20 @@ import torch
 
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import ExportFormat
-from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes
+from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes, two_blocks_bytes
 from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.writer import Named, assign_shards, carried_tensors, untied_copies
 from compressor.engine.calibration_batch import BATCH_TOKENS, RECORDED_SHARE
-from compressor.engine.part_work import chosen_groups, data_size, part_bytes, part_works, tokens_of
+from compressor.engine.part_work import (
+    Experts,
+    chosen_groups,
+    data_size,
+    mappable_experts,
+    part_bytes,
+    part_works,
+    sample_tokens,
+    tokens_of,
+)
 from compressor.engine.plan_records import Findings, Formats, Reshape, Selected, Sizes
 from compressor.errors import PreflightError
 from compressor.layers import find_layer
@@ -34,6 +43,10 @@ if TYPE_CHECKING:
 
 BATCH_COPIES = 6  # tensors of the widest width that exist at once while a batch runs through a block; an estimate
 SPARE_DISK_BYTES = 16 << 20
+# Of the matrix of an expert, while it is read, dequantized in float32 and compared; of which one is in the mapped file.
+EXPERT_COPIES = 8
+MAPPED_COPIES = 3  # of the experts of a block on disk: as they are read back, as they were, and as they will be stored
+CHILD_COPIES = 2  # the same for processes that evaluate and verify: a block of the source and one of the artifact
 SOME_HASH = "f" * 64  # the data is not read here; every hash has this length
 
 
@@ -89,16 +102,29 @@ def predict_sizes(
     stored = {name: form for name, form in formats.forms.items() if name not in formats.counted_dense}
     weights = _weight_file_bytes(planned_tensors(structure, functions, stored, untied), recipe.export.shard_bytes)
     side = _side_file_bytes(recipe, structure, list(formats.forms.values()), export_format, untied)
-    sweep = _sweep_memory(recipe, structure, reshapes, selected)
-    spills = sweep.held + sweep.activations > limit_bytes(recipe.limits.memory)
+    limit, experts = limit_bytes(recipe.limits.memory), mappable_experts(structure)
+    sweep, spilled = _sweep_memory(recipe, structure, reshapes, selected), 0
+    maps = sweep.held > limit and any(experts.parts) and _can_map_experts(recipe)
+    if maps:
+        sweep = _sweep_memory(recipe, structure, reshapes, selected, experts)
+        spilled = MAPPED_COPIES * max(experts.parts) + _folded_inputs_bytes(recipe, structure, recipe.data.samples)
+    spills = sweep.held + sweep.activations > limit
     peak = sweep.held + (0 if spills else sweep.activations)
-    spilled = 2 * sweep.activations // (1 + RECORDED_SHARE) if spills else 0  # before and after a block
+    spilled += 2 * sweep.activations // (1 + RECORDED_SHARE) if spills else 0  # before and after a block
+    children = _child_memory_bytes(recipe, structure, None)
+    if any(experts.parts):  # dense in both models, as no layer stands for them
+        parts = part_bytes(structure)
+        children = max(children, two_blocks_bytes(parts[0] + parts[-1], max(parts[1:-1])))
+    if children > limit and any(experts.parts):
+        children = _child_memory_bytes(recipe, structure, experts)
+        spilled = max(spilled, CHILD_COPIES * max(experts.parts))
     return Sizes(
         weight_bytes=weights,
         artifact_bytes=weights + side,
-        peak_memory_bytes=max(peak, _child_memory_bytes(recipe, structure)),
+        peak_memory_bytes=max(peak, children),
         disk_bytes=weights * (len(recipe.sweeps) + 1) + side + spilled + SPARE_DISK_BYTES,
         spills=spills,
+        maps_experts=maps,
     )
 
 
@@ -139,12 +165,48 @@ class SweepMemory:
     activations: int
 
 
-def _sweep_memory(recipe: Recipe, structure: Structure, reshapes: Sequence[Reshape], selected: Selected) -> SweepMemory:
+def _can_map_experts(recipe: Recipe) -> bool:
+    """Whether all steps take one expert after the other."""
+    return recipe.model.placement != "resident" and all(
+        isinstance(step.settings, WeightPass) and not step.settings.keeps_block and not step.settings.traits.rescales
+        for step in recipe.steps
+    )
+
+
+def _folded_inputs_bytes(recipe: Recipe, structure: Structure, samples: int) -> int:
+    """Bytes of the inputs of all weights of a block for so many samples of calibration data."""
+    if all(step.settings.traits.reads == "weights" for step in recipe.steps):
+        return 0
+    return _routed_bytes(structure, samples * sample_tokens(structure, recipe.data.length))
+
+
+def _routed_bytes(structure: Structure, tokens: int) -> int:
+    """Bytes of the inputs of all weights of a block for so many tokens, which have a row for each of their experts."""
+    return structure.dtype.itemsize * max(
+        (
+            sum(tokens_of(g, structure, tokens) * g.in_features for stage in structure.stages(part) for g in stage)
+            for part in range(1, structure.block_count + 1)
+        ),
+        default=0,
+    )
+
+
+def _sweep_memory(
+    recipe: Recipe,
+    structure: Structure,
+    reshapes: Sequence[Reshape],
+    selected: Selected,
+    mapped: Experts | None = None,
+) -> SweepMemory:
     """Interpreter, and the largest of these: embeddings and output head; a block twice with a batch and the working
     copies of a pass, beside the embeddings if these stay in memory; a part that a step rewrites.
+
+    mapped  the experts that lie in a mapped file, of which few matrices are in memory; None: they are in memory
     """
     parts = part_bytes(structure)
     blocks = parts[1:-1]
+    if mapped is not None:
+        blocks = [size - experts for size, experts in zip(blocks, mapped.parts[1:-1], strict=True)]
     held = sum(blocks) if recipe.model.placement == "resident" else max(blocks)
     reads = {step.settings.traits.reads for step in recipe.steps}
     tokens = recipe.data.samples * recipe.data.length if reads != {"weights"} else 0
@@ -157,6 +219,11 @@ def _sweep_memory(recipe: Recipe, structure: Structure, reshapes: Sequence[Resha
     in_blocks = (
         (parts[0] if stay else 0) + 2 * held + _working_bytes(recipe, structure, selected, in_blocks=True) + batch
     )
+    if mapped is not None:
+        most = min(recipe.data.samples, max(1, BATCH_TOKENS // max(1, recipe.data.length)))
+        in_blocks += EXPERT_COPIES * mapped.at_once + _folded_inputs_bytes(recipe, structure, most)
+    else:
+        in_blocks += _folded_bytes(recipe, structure, selected)
     at_head = parts[0] + parts[-1] + _working_bytes(recipe, structure, selected, in_blocks=False) + resident
     rewriting = max((_rewriting_bytes(recipe, reshape) for reshape in reshapes), default=0)
     return SweepMemory(
@@ -180,6 +247,24 @@ def _working_bytes(recipe: Recipe, structure: Structure, selected: Selected, *, 
     return largest
 
 
+def _folded_bytes(recipe: Recipe, structure: Structure, selected: Selected) -> int:
+    """What a step folds of the experts of a layer (`WeightPass.folded`), except for one of them."""
+    largest = 0
+    for step in recipe.steps:
+        if not isinstance(step.settings, WeightPass):
+            continue
+        data, chosen = data_size(recipe, [step], structure), {weight.name for weight in selected[step.path]}
+        for part in range(1, structure.block_count + 1):
+            for stage in structure.stages(part):
+                sizes = [
+                    step.settings.folded(kept, data)
+                    for group in stage
+                    if group.expert is not None and (kept := [weight for weight in group if weight.name in chosen])
+                ]
+                largest = max(largest, sum(sizes) - max(sizes, default=0))
+    return largest
+
+
 def _rewriting_bytes(recipe: Recipe, reshape: Reshape) -> int:
     """Memory of a step that rewrites the model, except for the interpreter and the activations."""
     step, before = reshape.step, reshape.before
@@ -191,14 +276,20 @@ def _rewriting_bytes(recipe: Recipe, reshape: Reshape) -> int:
     return parts[0] + held + working + _batch_bytes(before, min(BATCH_TOKENS, data.tokens))
 
 
-def _child_memory_bytes(recipe: Recipe, structure: Structure) -> int:
+def _child_memory_bytes(recipe: Recipe, structure: Structure, mapped: Experts | None) -> int:
     """Peak memory of the processes that evaluate and verify, if they load models part by part.
 
     A model that fits is loaded whole, which needs more; `compressor.artifact.memory_needs` decides.
+
+    mapped  as in `_sweep_memory`
     """
     parts = part_bytes(structure)
     head = parts[-1] + (parts[0] if structure.bindings.tied else 0)  # a tied output head is filled, too
     block = max(parts[1:-1]) + _largest_bytes(structure)
+    if mapped is not None:
+        sizes = zip(parts[1:-1], mapped.parts[1:-1], strict=True)
+        block = 2 * max(size - experts for size, experts in sizes) + EXPERT_COPIES * mapped.at_once
+        block += _routed_bytes(structure, recipe.eval.batch_size * sample_tokens(structure, recipe.eval.data.length))
     batch = _batch_bytes(structure, recipe.eval.batch_size * recipe.eval.data.length)
     return INTERPRETER_BYTES + max(2 * head + CHUNK_BYTES, block + batch, parts[0] + block)
 

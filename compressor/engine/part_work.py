@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 from compressor.engine.calibration_batch import BATCH_TOKENS, IMAGE_TOKENS
 from compressor.model.families import EXPERT_COUNT_KEYS
+from compressor.model.mapped_tensors import expert_parameters
 from compressor.model.structure import Structure
+from compressor.model.weight_names import are_read_one_by_one
 from compressor.model.weights import Group
 from compressor.protocol import DataSize, PartWork, Work
 from compressor.recipe.recipe import Recipe, Step
@@ -33,6 +36,30 @@ def part_bytes(structure: Structure) -> list[int]:
     for tensor, part in structure.part_by_tensor.items():
         found[part] += structure.checkpoint.tensors[tensor].nbytes
     return found
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model that can lie in a mapped file (`mapped_tensors.are_experts`), in bytes.
+
+    parts     of each part
+    at_once   the largest piece that is in memory at once: an expert's matrix, or a tensor that can only be read whole
+    """
+
+    parts: list[int]
+    at_once: int
+
+
+def mappable_experts(structure: Structure) -> Experts:
+    """The experts of a model that can lie in a mapped file."""
+    found, at_once, bindings = [0] * (structure.block_count + 2), 0, structure.bindings
+    for part in range(1, structure.block_count + 1):
+        for name in expert_parameters(structure.model, structure.parameters_of(part)):
+            tensors = [structure.checkpoint.tensors[source.tensor] for source in bindings.sources[name]]
+            size, shape = sum(tensor.nbytes for tensor in tensors), structure.model.get_parameter(name).shape
+            found[part] += size
+            at_once = max(at_once, size // shape[0] if are_read_one_by_one(name, bindings, tensors) else size)
+    return Experts(found, at_once)
 
 
 def _outputs_of(structure: Structure, part: int) -> int:

@@ -19,6 +19,7 @@ from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.writer import carried_tensors
 from compressor.data.parts import same_source
 from compressor.engine.estimates import check_limits, predict_sizes
+from compressor.engine.part_work import mappable_experts
 from compressor.engine.plan_records import (
     DecidedPlan,
     Findings,
@@ -128,6 +129,13 @@ def _with_storing_steps(
     if export_format is not None:
         _check_config(structure, export_format, list(formats.forms.values()), untied, findings)
         sizes = predict_sizes(recipe, structure, reshapes, selected, functions, formats, export_format, untied)
+        if sizes.maps_experts:
+            largest = max(mappable_experts(structure).parts)
+            message = (
+                f"the experts of a block ({largest:,} bytes) don't fit into memory, so they lie in a mapped file in "
+                "the work directory. The artifact is the same, the run takes longer"
+            )
+            findings.warn("experts-mapped", structure.architecture, message)
     _warn_of_undecided_sizes(recipe, reshapes, findings)
     _warn_of_divided_data(recipe, findings)
     unused = _unused_tensors(source, structure, reshapes, findings)

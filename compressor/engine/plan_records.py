@@ -187,7 +187,8 @@ class Formats:
 class Sizes:
     """All sizes are in bytes. artifact_bytes counts the files that loading needs, without the reports.
 
-    spills  the hidden states of the calibration data don't fit into memory, so they lie in files
+    spills        the hidden states of the calibration data don't fit into memory, so they lie in files
+    maps_experts  the experts of a block don't fit into memory, so they lie in a mapped file
     """
 
     weight_bytes: int = 0
@@ -195,6 +196,7 @@ class Sizes:
     peak_memory_bytes: int = 0
     disk_bytes: int = 0
     spills: bool = False
+    maps_experts: bool = False
 
 
 @dataclass(frozen=True)

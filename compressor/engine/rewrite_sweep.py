@@ -279,7 +279,7 @@ def _write_part(work: Reshaper, step: Step, view: PartView, state: State) -> Sta
     if not is_kept:
         _keep_state(work, f"{key}/state", f"{file}-state.safetensors", after, [])
     tensors = _part_tensors(work, view.number, view)
-    entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
+    entries = [Entry(name, t.dtype, tuple(t.shape), partial(_alone, t)) for name, t in tensors.items()]
     facts = LineFacts(warnings=tuple(view.warnings)).to_json()
     work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
     return after
@@ -380,5 +380,5 @@ def _value(structure: Structure, name: str) -> Tensor:
     return getattr(structure.model.get_submodule(owner), leaf).data
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _alone(tensor: Tensor) -> list[Tensor]:
+    return [tensor]

@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from compressor.artifact.generation import FEWEST_TOKENS, GENERATED_TOKENS, PROMPT_TOKENS
-from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, limit_bytes, whole_verification_bytes
+from compressor.artifact.memory_needs import limit_bytes, speed_bytes, whole_verification_bytes
+from compressor.artifact.speed_runs import (
+    ALL_BATCH_RUNS,
+    ALL_DECODE_RUNS,
+    ALL_PREFILL_RUNS,
+    DECODE_TOKENS,
+    PREFILL_TOKENS,
+    SPEED_BATCH,
+)
 from compressor.engine.events import PredictedStage
 from compressor.engine.machine_rates import measure_rates, seconds
 from compressor.engine.part_work import chosen_groups, data_size, part_works, run_of, sample_tokens, tokens_of
@@ -52,10 +60,6 @@ PASSES_OF_CHECKING = 6  # of a tensor: whether it is finite, and its distance fr
 DENSE_RUNS, REFERENCE_RUNS = 3, 2
 SERVER_SECONDS = 3.0  # of the process that starts others: it imports torch and transformers beside the first sweep
 PROCESS_SECONDS = 0.5  # that a forked process needs before it loads a model; our measurement
-# The runs of one measurement of speed (`evaluation.speed`): the prompt with and without a warm-up, then generations.
-PREFILL_TOKENS, PREFILL_RUNS = 128, 7
-DECODE_TOKENS, DECODE_RUNS = 32, 4
-ENCODED_SAMPLES, ENCODED_RUNS = 32, 6
 
 
 @dataclass(frozen=True)
@@ -179,11 +183,11 @@ def _evaluate_work(plan: Plan, before: Sequence[PartWork], after: Sequence[PartW
         if _is_custom(plan):
             found += Work(values=PASSES_OF_DEQUANTIZING * stored * settings.data.samples / settings.batch_size)
     limit = limit_bytes(plan.recipe.limits.memory)
-    fits = INTERPRETER_BYTES + plan.source_bytes + CHUNK_BYTES <= limit  # otherwise no speed is measured
+    fits = speed_bytes(plan.source_bytes) <= limit  # otherwise no speed is measured
     if fits and {"speed", "memory"} & set(settings.metrics):
         found += load + _speed_work(plan.source, before) + _speed_work(plan.structure, after)
         if _is_custom(plan):
-            found += Work(values=PASSES_OF_DEQUANTIZING * stored * (PREFILL_RUNS + DECODE_RUNS * DECODE_TOKENS))
+            found += Work(values=PASSES_OF_DEQUANTIZING * stored * (ALL_PREFILL_RUNS + ALL_DECODE_RUNS * DECODE_TOKENS))
     if fits and "speed" in settings.metrics and stored:
         found += Work(stored=float(plan.weight_bytes), values=PASSES_OF_DEQUANTIZING * stored)
         found += _speed_work(plan.structure, after)
@@ -193,11 +197,11 @@ def _evaluate_work(plan: Plan, before: Sequence[PartWork], after: Sequence[PartW
 def _speed_work(structure: Structure, parts: Sequence[PartWork]) -> Work:
     """Of measuring the speed of a model. A token that is generated alone reads every weight once."""
     prompt, generates = sample_tokens(structure, PREFILL_TOKENS), structure.model.can_generate()
-    found = run_of(parts, prompt * PREFILL_RUNS) + Work(seconds=PROCESS_SECONDS)
+    found = run_of(parts, prompt * ALL_PREFILL_RUNS) + Work(seconds=PROCESS_SECONDS)
     if not generates:
-        return found + run_of(parts, prompt * ENCODED_SAMPLES * ENCODED_RUNS)
+        return found + run_of(parts, prompt * SPEED_BATCH * ALL_BATCH_RUNS)
     weights = sum(part.run.products / 2 for part in parts)
-    return found + run_of(parts, prompt * DECODE_RUNS) + Work(values=weights * DECODE_TOKENS * DECODE_RUNS)
+    return found + run_of(parts, prompt * ALL_DECODE_RUNS) + Work(values=weights * DECODE_TOKENS * ALL_DECODE_RUNS)
 
 
 def _is_custom(plan: Plan) -> bool:

@@ -7,6 +7,7 @@ through the stored blocks, so it is bit-identical to an uninterrupted run.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
     raises Interrupted between parts after a request to stop; PassError naming the part when a pass fails
     """
     return_large_blocks()
+    with nullcontext() if sweeper.mapped is None else sweeper.mapped:
+        return _run_sweeps(sweeper)
+
+
+def _run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
     files: list[Path] = []
     stored = Written()  # written by the last sweep that stored weights
     sweeps = sweeper.plan.recipe.sweeps

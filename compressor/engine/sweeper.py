@@ -23,6 +23,7 @@ from compressor.engine.calibration_batch import (
 from compressor.engine.events import Emit, Progress
 from compressor.engine.plan_records import Plan
 from compressor.engine.walk import Holder, Part
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.spill import SpillFolder
 from compressor.model.structure import Structure
 from compressor.recipe.recipe import Step
@@ -33,8 +34,9 @@ from compressor.storage.journal import Journal
 class Sweeper:
     """What all sweeps of a run share, and the current model.
 
-    probe  output of the stored model for the probe batch, after the last part has run
-    spill  where the batches' hidden states lie; None: in memory, if the plan says that they fit
+    probe   output of the stored model for the probe batch, after the last part has run
+    spill   where the batches' hidden states lie; None: in memory, if the plan says that they fit
+    mapped  makes the parameters of experts; None: in memory, if the plan says that they fit
     """
 
     plan: Plan
@@ -49,10 +51,14 @@ class Sweeper:
     structure: Structure = field(init=False)
     progress: Progress = field(init=False)
     spill: SpillFolder | None = field(init=False)
+    mapped: MappedTensors | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.structure, self.progress = self.plan.source, Progress(self.emit)
-        self.spill = SpillFolder(self.journal.work / "parts" / "hidden") if self.plan.sizes.spills else None
+        parts = self.journal.work / "parts"
+        self.spill = SpillFolder(parts / "hidden") if self.plan.sizes.spills else None
+        is_mapped = self.plan.sizes.maps_experts and self.device.type == "cpu"
+        self.mapped = MappedTensors(parts) if is_mapped else None
 
     def begin(self, number: int, steps: tuple[Step, ...]) -> None:
         """Report the beginning of a sweep."""
@@ -65,7 +71,7 @@ class Sweeper:
         return [*found, CalibrationBatch.before_embeddings(probe_batch(self.structure, self.device))]
 
     def holder(self, source: Callable[[int], PartSource | None], **options: Any) -> Holder:
-        return Holder(self.structure, self.device, source, self.is_interrupted, **options)
+        return Holder(self.structure, self.device, source, self.is_interrupted, mapped=self.mapped, **options)
 
     def seed_of(self, *place: int) -> int:
         return int.from_bytes(hashlib.sha256(repr((self.seed, *place)).encode()).digest()[:8], "little") >> 1
@@ -85,4 +91,5 @@ class Sweeper:
             selected_functions=self.plan.functions_of(step, part.number),
             rescalable=producers_of(self.plan.producers, part.structure, part.number),
             tell=partial(self.progress, sweep, part.number),
+            mapped=self.mapped,
         )

@@ -32,6 +32,7 @@ from compressor.engine.block_io import Installed, PartSource, fill_part, free_pa
 from compressor.engine.calibration_batch import CalibrationBatch, embed, finish_part, run_part
 from compressor.engine.events import PartEvent
 from compressor.errors import Interrupted
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
 
@@ -121,6 +122,7 @@ class Holder:
     stopped           message of Interrupted
     keeps_blocks      every block stays in memory
     keeps_embeddings  the embeddings stay in memory; if not, their source at the output head is as they are then
+    mapped            makes the parameters of experts; None: they are in memory
     """
 
     structure: Structure
@@ -130,6 +132,7 @@ class Holder:
     stopped: str = "stopped between two parts"
     keeps_blocks: bool = False
     keeps_embeddings: bool = True
+    mapped: MappedTensors | None = None
 
     @contextmanager
     def __call__(self, number: int) -> Iterator[Installed]:
@@ -140,7 +143,9 @@ class Holder:
             embeddings = self.source(0)
             assert embeddings is not None
             fill_part(structure, 0, embeddings, self.device)
-        installed = Installed(structure) if source is None else load_part(structure, number, source, self.device)
+        installed = Installed(structure)
+        if source is not None:
+            installed = load_part(structure, number, source, self.device, self.mapped)
         try:
             yield installed
         finally:
@@ -150,9 +155,15 @@ class Holder:
                 free_part(structure, number)
 
 
-def load_part(structure: Structure, number: int, source: PartSource, device: torch.device) -> Installed:
-    """Fill the model's parameters of a part, and replace modules by its stored layers."""
-    fill_part(structure, number, source, device)
+def load_part(
+    structure: Structure,
+    number: int,
+    source: PartSource,
+    device: torch.device,
+    mapped: MappedTensors | None = None,
+) -> Installed:
+    """Fill the model's parameters of a part (`fill_part`), and replace modules by its stored layers."""
+    fill_part(structure, number, source, device, mapped=mapped)
     installed = Installed(structure)
     installed.install_stored(source, device)
     return installed

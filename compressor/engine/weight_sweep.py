@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from compressor.engine.block_io import PartSource, fill_part, free_all, part_name, part_tensors
+from compressor.engine.block_io import PartSource, fill_part, free_all, part_entries, part_name
 from compressor.engine.block_view import watched_parameters
 from compressor.engine.calibration_batch import (
     CalibrationBatch,
@@ -22,13 +21,14 @@ from compressor.engine.walk import Part, Written, part_event, part_forms, walk
 from compressor.errors import Notice, PassError
 from compressor.layers.base import Layer
 from compressor.model.facts import Decision
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.redefined_structure import split_parameter
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.weight_names import read_matrix, read_parameter
 from compressor.protocol import WeightPass
 from compressor.recipe.recipe import Step
 from compressor.storage.journal import Line
-from compressor.storage.safetensors_file import Entry, write_file
+from compressor.storage.safetensors_file import write_file
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], bef
     for part in walk(structure, sweep.batches, hold, done):
         if sweep.line(part.number) is None:
             _store_part(sweep, part)
-            _read_back(part, sweep.source(part.number), sweeper.device)
+            _read_back(part, sweep.source(part.number), sweeper.device, sweeper.mapped)
         stored = sweep.source(part.number)
         assert stored.file is not None
         after.files.append(stored.file)
@@ -117,7 +117,8 @@ def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tenso
         return
     structure = part.structure
     part.installed.remove()
-    fill_part(structure, part.number, sweep.source_before(part.number), sweep.sweeper.device)
+    sweeper = sweep.sweeper
+    fill_part(structure, part.number, sweep.source_before(part.number), sweeper.device, mapped=sweeper.mapped)
     before = run_part(structure, part.number, replace(sweep.batches[-1], hidden=entered, recorded=None))
     dtype = str(structure.dtype).removeprefix("torch.")
     if bool(torch.isfinite(before).all()):
@@ -135,14 +136,14 @@ def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tenso
     )
 
 
-def _read_back(part: Part, source: PartSource, device: torch.device) -> None:
+def _read_back(part: Part, source: PartSource, device: torch.device, mapped: MappedTensors | None) -> None:
     """Load the part as it is stored. Paused batches start again unless it is bit-identical to what the passes left."""
     structure, installed = part.structure, part.installed
     waiting = [batch for batch in part.batches if batch.recorded is not None]
     compared = set(watched_parameters(structure, part.number)) if waiting else set()
     stands_in = bool(installed.originals)
     installed.remove()
-    same = fill_part(structure, part.number, source, device, compared)
+    same = fill_part(structure, part.number, source, device, compared, mapped)
     installed.install_stored(source, device)
     if stands_in or not same:
         for batch in waiting:
@@ -216,8 +217,7 @@ def _commit(sweep: StoringSweep, part: int, changes: Changes) -> None:
     values: dict[str, Tensor] = {}
     for name in sorted(changes.written):
         values |= split_parameter(structure, name, structure.model.get_parameter(name).data)
-    tensors = dict(part_tensors(part, source, changes.put, {name: t.contiguous() for name, t in values.items()}))
-    entries = [Entry(name, t.dtype, tuple(t.shape), partial(_same, t)) for name, t in tensors.items()]
+    entries = list(part_entries(part, source, changes.put, {name: t.contiguous() for name, t in values.items()}))
     errors = changes.errors | _errors_of_rescaled(sweep, changes)
     written = _written_errors(sweep, changes)
     facts = LineFacts(forms, tuple(changes.records), tuple(changes.warnings), errors, written).to_json()
@@ -252,7 +252,3 @@ def _written_errors(sweep: StoringSweep, changes: Changes) -> dict[str, float]:
         )
         for name in sorted(changes.written - stored)
     }
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

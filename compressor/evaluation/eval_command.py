@@ -14,6 +14,7 @@ import torch
 
 from compressor.artifact.manifest import model_class, read_manifest
 from compressor.artifact.modeling_file import VERSION
+from compressor.artifact.speed_runs import SPEED_TOKENS
 from compressor.artifact.stock_formats import check_loader
 from compressor.data.samples import Samples
 from compressor.engine.request import check_summary
@@ -30,7 +31,6 @@ from compressor.evaluation.report import (
     write_reports,
 )
 from compressor.evaluation.sections import EvaluationReport, EvaluationRun, KernelRow, Sizes, Subject
-from compressor.evaluation.speed import SPEED_TOKENS
 from compressor.kernels.prepared.dispatch import FALLBACKS
 from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
 from compressor.model.model_class import class_of, config_of

@@ -18,7 +18,7 @@ from compressor.artifact.memory_needs import gibibytes, limit_bytes
 from compressor.data.samples import Samples
 from compressor.evaluation import child_messages
 from compressor.evaluation.child_messages import QualityAnswer, QualityRequest, Request, SpeedAnswer, SpeedRequest
-from compressor.evaluation.memory import speed_bytes
+from compressor.evaluation.memory import model_speed_bytes
 from compressor.evaluation.metrics import QUALITY
 from compressor.evaluation.quality import measure_quality
 from compressor.evaluation.saturation import uncounted
@@ -172,7 +172,7 @@ def _kernel_speed_rows(
 
 def _does_not_fit(common: Request, model: Path, *, kernels: bool) -> str | None:
     """Why the speed of a model is not measured; None if the model fits into memory."""
-    needed, limit = speed_bytes(model, kernels=kernels), limit_bytes(common["memory"])
+    needed, limit = model_speed_bytes(model, kernels=kernels), limit_bytes(common["memory"])
     return f"needs {gibibytes(needed)}, {gibibytes(limit)} may be used" if needed > limit else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, dense_bytes
+from compressor.artifact.memory_needs import CHUNK_BYTES, INTERPRETER_BYTES, dense_bytes, speed_bytes
 from compressor.data.samples import Samples
 from compressor.evaluation.child_messages import QualityRequest
 from compressor.evaluation.model_loading import read_stored_samples
@@ -29,10 +29,9 @@ def whole_quality_bytes(request: QualityRequest) -> int:
     return INTERPRETER_BYTES + held + logits + (CHUNK_BYTES if logits else 0)
 
 
-def speed_bytes(directory: Path, *, kernels: bool) -> int:
+def model_speed_bytes(directory: Path, *, kernels: bool) -> float:
     """Memory for measuring the speed of a model, loaded by `compressor.load` with `kernels`, else by transformers."""
-    held = PREPARED_COPIES * open_checkpoint(directory).nbytes if kernels else dense_bytes(directory)
-    return INTERPRETER_BYTES + held + CHUNK_BYTES
+    return speed_bytes(PREPARED_COPIES * open_checkpoint(directory).nbytes if kernels else dense_bytes(directory))
 
 
 def spills(request: QualityRequest, samples: Samples, limit: int) -> bool:

@@ -14,7 +14,7 @@ from compressor.data.samples import Samples
 from compressor.errors import ModelError
 from compressor.evaluation import child_messages
 from compressor.model.attention import plain_options
-from compressor.model.checkpoint import open_checkpoint
+from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.empty_model import bound_model
 from compressor.model.load_dtypes import load_dtype
 from compressor.model.model_class import class_of, config_and_class
@@ -35,8 +35,7 @@ def load_model(directory: Path, trust_remote_code: bool, *, is_baseline: bool = 
     """
     if (directory / MANIFEST).is_file():
         return load_stock(directory, read_manifest(directory))[0]
-    opened = open_source if is_baseline else open_checkpoint
-    checkpoint = opened(directory, trust_remote_code=trust_remote_code)
+    checkpoint = _opened(directory, trust_remote_code, is_baseline)
     cls: Any = class_of(checkpoint, trust_remote_code)
     with stock_works(directory, ModelError):
         if checkpoint.quantized is not None:
@@ -55,8 +54,7 @@ def load_parts(directory: Path, trust_remote_code: bool, *, is_baseline: bool = 
     """
     try:
         if not (directory / MANIFEST).is_file():
-            opened = open_source if is_baseline else open_checkpoint
-            checkpoint = opened(directory, trust_remote_code=trust_remote_code)
+            checkpoint = _opened(directory, trust_remote_code, is_baseline)
             config, cls = config_and_class(checkpoint, trust_remote_code)
             checkpoint, model, bindings, _ = bound_model(checkpoint, cls, config, cached=True)
             return StreamedModel(DenseFiller(checkpoint, model, bindings), find_blocks(model))
@@ -65,6 +63,12 @@ def load_parts(directory: Path, trust_remote_code: bool, *, is_baseline: bool = 
         return load_streamed(checkpoint, manifest, StockDecompressor.of(checkpoint) if is_packed else None)
     except ModelError as error:
         raise NotInParts(error.what) from error
+
+
+def _opened(directory: Path, trust_remote_code: bool, is_baseline: bool) -> Checkpoint:
+    """A checkpoint, dequantized if it is a quantized baseline."""
+    opened = open_source if is_baseline else open_checkpoint
+    return opened(directory, trust_remote_code=trust_remote_code)
 
 
 def is_causal(model: Any) -> bool:

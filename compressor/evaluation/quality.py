@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compressor.artifact.memory_needs import gibibytes, limit_bytes
+from compressor.artifact.memory_needs import gibibytes, limit_bytes, map_large_experts
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.evaluation.child_messages import QualityAnswer, QualityRequest
@@ -23,6 +23,7 @@ from compressor.evaluation.part_by_part import sums_by_parts
 from compressor.evaluation.saturation import RangeCounts, saturation, uncounted
 from compressor.evaluation.sections import MetricRow
 from compressor.model.block_runner import output_of, without_cache
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.process.memory import return_large_blocks
 
 
@@ -84,7 +85,12 @@ def _measure_parts(request: QualityRequest, limit: int) -> QualityAnswer:
     counted.watch(after.model)
     after.placed.append(lambda unit: counted.watch(after.model.get_submodule(unit), unit + "."))
     return_large_blocks()
-    with tempfile.TemporaryDirectory(dir=Path(request["tokens"]).parent) as scratch:
+    folder = Path(request["tokens"]).parent
+    mapped = MappedTensors(folder)
+    for streamed in (before, after):
+        if streamed is not None:
+            map_large_experts(streamed, mapped, limit)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, mapped:
         spill = Path(scratch) if spills(request, samples, limit) else None
         sums = sums_by_parts(before, after, samples, labels, request["batch_size"], spill)
     return {

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor
 
 from compressor.artifact.loader import load
+from compressor.artifact.speed_runs import (
+    DECODE_RUNS,
+    DECODE_TOKENS,
+    PREFILL_TOKENS,
+    SPEED_BATCH,
+    SPEED_RUNS,
+    SPEED_TOKENS,
+)
 from compressor.artifact.stock_loading import stock_works
 from compressor.errors import ModelError
 from compressor.evaluation.child_messages import SpeedAnswer, SpeedRequest
@@ -21,9 +29,6 @@ from compressor.model.block_runner import without_cache
 from compressor.process.memory import peak_rss_bytes
 from compressor.process.resources import ran_out
 
-PREFILL_TOKENS, DECODE_TOKENS, SPEED_RUNS, DECODE_RUNS = 128, 32, 5, 3
-SPEED_TOKENS = PREFILL_TOKENS + DECODE_TOKENS
-SPEED_BATCH = 32  # batch size of an encoder
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second", "samples_per_second")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.core_model_loading import WeightConverter
 
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.weight_names import Renaming, Rule, Source, placed_rows
@@ -51,14 +51,6 @@ def expert_slices(
     if inner.endswith(".weight"):
         return tuple(Slice(f"{prefix}{owner}.{leaf}.{n}", n, (0, outputs)) for n in range(shape[0]))
     return tuple(Slice(f"{prefix}{owner}.{n}.{leaf}", n, (0, outputs)) for n in range(shape[0]))
-
-
-def only_turns(rule: Rule) -> bool:
-    """Whether a rule transposes the matrices of a tensor that lie otherwise than in the parameter, and nothing else.
-
-    It leaves a tensor of the parameter's shape as it is.
-    """
-    return all(isinstance(op, Transpose) and op.check_dims for op in rule.converter.operations)
 
 
 def _separate(

@@ -29,7 +29,7 @@ from compressor.model.packed_source import find_awq, find_gptq
 from compressor.model.quantized_weight import Find, QuantizedWeight, quantization_of, unsound
 from compressor.process.resources import ran_out
 from compressor.storage.file_names import MANIFEST
-from compressor.storage.safetensors_file import Entry, TensorInfo, read_bytes, write_file
+from compressor.storage.safetensors_file import Entry, TensorInfo, read_bytes, read_pieces, write_file
 
 
 class Format(NamedTuple):
@@ -107,7 +107,7 @@ def load_dequantized(
         model = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
     else:
         entries = [
-            Entry(name, info.dtype, info.shape, partial(read_bytes, info), info.small)
+            Entry(name, info.dtype, info.shape, partial(read_pieces, info), info.small)
             for name, info in checkpoint.tensors.items()
         ]
         write_file(scratch / "model.safetensors", entries)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from compressor.layers import find_layer
 from compressor.lazy import torch
-from compressor.model.weights import Weight
+from compressor.model.weights import Weight, part_of
 
 if TYPE_CHECKING:
     from compressor.model.checkpoint import Checkpoint
@@ -76,6 +76,36 @@ def replaced_tensors(forms: Iterable[StoredWeight], checkpoint: Checkpoint) -> s
             replaced |= {name for name in (form.weight.tensor, form.bias) if name is not None}
     whole = {name for name, count in stored.items() if count == math.prod(checkpoint.tensors[name].shape)}
     return replaced | whole
+
+
+def joined_experts(
+    raw: Iterator[torch.Tensor] | None,
+    stored: Iterable[StoredWeight],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    matrix_of: Callable[[StoredWeight], torch.Tensor],
+) -> Iterator[torch.Tensor]:
+    """The matrices (rows, columns) of a parameter of all experts, one after the other.
+
+    raw        those of its dense tensor, which may lie otherwise there; None: every row is stored
+    stored     the stored weights in it
+    shape      (experts, rows, columns) of the parameter
+    dtype      of the matrices if there is no dense tensor
+    matrix_of  gives the dequantized matrix (out_features, in_features) of a stored weight
+    """
+    members: dict[int | None, list[StoredWeight]] = {}
+    for form in stored:
+        members.setdefault(form.weight.expert, []).append(form)
+    dense = (torch.empty(*shape[1:], dtype=dtype) for _ in range(shape[0])) if raw is None else raw
+    for number, value in enumerate(as_in_parameter(dense, shape)):
+        for form in members.get(number, ()):
+            part_of(value, replace(form.weight, expert=None)).copy_(matrix_of(form))
+        yield value
+
+
+def as_in_parameter(matrices: Iterable[torch.Tensor], shape: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Matrices of experts as they lie in a parameter (experts, rows, columns): transposed if their shape is another."""
+    return (matrix if matrix.shape == tuple(shape[1:]) else matrix.mT for matrix in matrices)
 
 
 DISTANCE_ELEMENTS = 1 << 20  # compared at a time: they stay in a cache, and no second copy of a matrix is needed

@@ -9,7 +9,7 @@ that reads parameters the values of one block or module.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.mapped_tensors import MappedTensors, expert_parameters
+from compressor.model.stored_weight import as_in_parameter
 from compressor.model.unused_tensors import Unused
-from compressor.model.weight_names import Bindings, fill, read_parameter
+from compressor.model.weight_names import Bindings, fill, read_experts_parameter, read_parameter
 from compressor.process.memory import return_freed_memory
+from compressor.storage.safetensors_file import read_slices
 
 HOLDER = "_streamed_by"  # attribute of a streamed model
 
@@ -29,10 +32,12 @@ HOLDER = "_streamed_by"  # attribute of a streamed model
 class Filler(Protocol):
     """Where the values of a model on the meta device come from.
 
-    names  of all parameters and buffers that `fill` can give a value
+    names   of all parameters and buffers that `fill` can give a value
+    mapped  makes the parameters of experts; None: they are in memory
     """
 
     model: PreTrainedModel
+    mapped: MappedTensors | None
 
     def names(self) -> Iterable[str]: ...
 
@@ -48,13 +53,15 @@ class DenseFiller:
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, bindings: Bindings) -> None:
         self.checkpoint, self.model, self.bindings = checkpoint, model, bindings
+        self.mapped: MappedTensors | None = None
 
     def names(self) -> Iterable[str]:
         return [*self.bindings.sources, *self.bindings.tied]
 
     def fill(self, unit: str, names: Sequence[str]) -> None:
         for name in names:
-            fill(name, tied_value(name, self.bindings, self._read, self.model), self.model)
+            value = tied_value(name, self.bindings, self._read, self._read_experts, self.model, self.mapped)
+            fill(name, value, self.model)
 
     def free(self, unit: str, names: Sequence[str]) -> None:
         for name in names:
@@ -63,10 +70,27 @@ class DenseFiller:
     def _read(self, tensor: str) -> Tensor:
         return self.checkpoint.read(tensor).to(self.bindings.dtype_of(tensor))
 
+    def _read_experts(self, tensor: str) -> Iterator[Tensor]:
+        shape = self.model.get_parameter(self.bindings.parameters_by_tensor[tensor]).shape
+        return as_in_parameter(read_slices(self.checkpoint.tensors[tensor]), shape)
 
-def tied_value(name: str, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
-    """The value of a parameter or buffer; of a tied parameter that of the one whose tensor fills it."""
+
+def tied_value(
+    name: str,
+    bindings: Bindings,
+    read: Callable[[str], Tensor],
+    read_experts: Callable[[str], Iterator[Tensor]],
+    model: PreTrainedModel,
+    mapped: MappedTensors | None,
+) -> Tensor:
+    """The value of a parameter or buffer; of a tied parameter that of the one whose tensor fills it.
+
+    read_experts  as in `read_experts_parameter`
+    mapped        makes the parameters of experts; None: they are in memory
+    """
     origin = bindings.tied.get(name, name)
+    if mapped is not None and expert_parameters(model, (origin,)):
+        return read_experts_parameter(origin, bindings, read, read_experts, model, mapped.empty)
     return read_parameter(origin, bindings, read, model).to(bindings.dtypes[origin])
 
 
@@ -96,6 +120,17 @@ class StreamedModel:
             module.register_forward_pre_hook(partial(self._begin, unit), prepend=True)
             module.register_forward_hook(partial(self._end, unit), always_call=True)
         self.model.__dict__[HOLDER] = self
+
+    def nbytes_of(self, name: str) -> int:
+        """Bytes of a parameter or buffer when it is filled."""
+        return _value(self.model, name).nbytes
+
+    def leave_out(self, names: Collection[str], modules: Collection[str]) -> None:
+        """From now on don't fill these parameters, and all parameters of these modules. Nothing must be filled now."""
+        assert not self._held, "filled values would stay"
+        prefixes = tuple(f"{module}." for module in modules)
+        for unit, members in self.units.items():
+            self.units[unit] = [name for name in members if name not in names and not name.startswith(prefixes)]
 
     def unit_of(self, name: str) -> str:
         """The block in which a parameter or module lies, or the module that holds a parameter outside of blocks."""

@@ -22,7 +22,7 @@ from compressor.model.block_runner import Pieces
 from compressor.model.checkpoint import Checkpoint, check_finite
 from compressor.model.config_values import check_values
 from compressor.model.empty_model import bound_model
-from compressor.model.fused_experts import Slice, expert_slices, only_turns
+from compressor.model.fused_experts import Slice, expert_slices
 from compressor.model.model_building import guarded
 from compressor.model.model_class import config_and_class, refuse_two_stacks
 from compressor.model.narrow_probe import Probes, narrow_config, width_of
@@ -31,8 +31,9 @@ from compressor.model.prequantized import refuse_stated
 from compressor.model.probe_model import Kind, shallow_config, signature
 from compressor.model.quantized_source import open_source
 from compressor.model.tracing import Product, Traced, run_whole, trace
-from compressor.model.weight_names import Bindings, Source
+from compressor.model.weight_names import Bindings, Source, only_turns
 from compressor.model.weights import Group, Stage, Weight
+from compressor.storage.safetensors_file import read_slices
 
 
 @dataclass
@@ -72,6 +73,13 @@ class Structure:
         if value.is_floating_point():
             check_finite(tensor, value)
         return value.to(self.bindings.dtype_of(tensor))
+
+    def read_slices(self, tensor: str) -> Iterator[Tensor]:
+        """The same, one slice along the first dimension after the other."""
+        for number, value in enumerate(read_slices(self.checkpoint.tensors[tensor])):
+            if value.is_floating_point():
+                check_finite(f"{tensor}[{number}]", value)
+            yield value.to(self.bindings.dtype_of(tensor))
 
     def stages(self, part: int) -> list[Stage]:
         """Weight groups of a part in forward order. Parts: 0 embeddings, 1..n blocks, n + 1 output head."""

@@ -9,7 +9,7 @@ model uses parameter names. `bind` applies transformers' own conversion rules, s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,16 +18,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from compressor.errors import ModelError
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.load_dtypes import held_dtypes
+from compressor.model.mapped_tensors import Empty, in_memory
 from compressor.model.prequantized import refuse_codes
 from compressor.model.tying import Ties, find_ties
 from compressor.model.unused_tensors import Unused, unused_tensor
 from compressor.model.weights import Weight, part_of
-from compressor.storage.safetensors_file import same_bytes
+from compressor.storage.safetensors_file import TensorInfo, same_bytes
 
 ROWS_SHIFT = 32  # a probe row is (source number << 32) + row number
 
@@ -184,9 +191,53 @@ def read_parameter(name: str, bindings: Bindings, read: Callable[[str], Tensor],
     if rule is None:
         return read(sources[0].tensor)
     if all(source.rows is not None for source in sources):
-        return _joined_rows(sources, read, model.get_parameter(name).shape)
+        return _joined_rows(sources, read, model.get_parameter(name).shape, in_memory)
     tensors = [(source, read(source.tensor)) for source in sources]
     return _convert(rule, tensors, model)[name]
+
+
+def read_experts_parameter(
+    name: str,
+    bindings: Bindings,
+    read: Callable[[str], Tensor],
+    read_experts: Callable[[str], Iterator[Tensor]],
+    model: PreTrainedModel,
+    empty: Empty,
+) -> Tensor:
+    """`read_parameter` for a parameter of all experts (experts, rows, columns), made by `empty`, expert by expert.
+
+    read_experts  takes the checkpoint name of a tensor that fills the parameter alone; gives the matrices in it
+    """
+    sources, rule, parameter = bindings.sources[name], bindings.rules.get(name), model.get_parameter(name)
+    if rule is not None and all(source.rows is not None for source in sources):
+        return _joined_rows(sources, read, parameter.shape, lambda shape, _: empty(shape, bindings.dtypes[name]))
+    value = empty(tuple(parameter.shape), bindings.dtypes[name])
+    if len(sources) == 1 and (rule is None or only_turns(rule)):
+        return fill_experts(value, read_experts(sources[0].tensor))
+    return value.copy_(read_parameter(name, bindings, read, model))  # such a rule takes all experts at once
+
+
+def are_read_one_by_one(name: str, bindings: Bindings, tensors: Sequence[TensorInfo]) -> bool:
+    """Whether `read_experts_parameter` reads one expert after the other from these tensors."""
+    rule = bindings.rules.get(name)
+    if rule is not None and all(source.rows is not None for source in bindings.sources[name]):
+        return True
+    return len(tensors) == 1 and tensors[0].decode is None and (rule is None or only_turns(rule))
+
+
+def fill_experts(value: Tensor, matrices: Iterable[Tensor]) -> Tensor:
+    """Fill a parameter (experts, rows, columns) with the matrices of its experts."""
+    for number, matrix in enumerate(matrices):
+        value[number] = matrix
+    return value
+
+
+def only_turns(rule: Rule) -> bool:
+    """Whether a rule transposes the matrices of a tensor that lie otherwise than in the parameter, and nothing else.
+
+    It leaves a tensor of the parameter's shape as it is.
+    """
+    return all(isinstance(op, Transpose) and op.check_dims for op in rule.converter.operations)
 
 
 def read_matrix(weight: Weight, bindings: Bindings, read: Callable[[str], Tensor], model: PreTrainedModel) -> Tensor:
@@ -197,10 +248,10 @@ def read_matrix(weight: Weight, bindings: Bindings, read: Callable[[str], Tensor
     return value.t() if weight.transposed else value
 
 
-def _joined_rows(sources: tuple[Source, ...], read: Callable[[str], Tensor], shape: torch.Size) -> Tensor:
-    """A parameter (experts, rows, ...) of this shape, whose rows the sources fill."""
+def _joined_rows(sources: tuple[Source, ...], read: Callable[[str], Tensor], shape: torch.Size, empty: Empty) -> Tensor:
+    """A parameter (experts, rows, ...) of this shape, made by `empty`, whose rows the sources fill."""
     first = read(sources[0].tensor)
-    value = torch.empty(shape, dtype=first.dtype, device=first.device)
+    value = empty(tuple(shape), first.dtype)
     for source in sources:
         assert source.rows is not None
         value[source.expert, source.rows[0] : source.rows[1]] = first if source is sources[0] else read(source.tensor)

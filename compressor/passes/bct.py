@@ -51,7 +51,7 @@ matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -230,6 +230,11 @@ class BCT(WeightPass):
         moments = 8 * inputs**2 if self.decides and weights[0].role != "embedding" else 0
         return moments + 20 * largest * inputs + 10 * 4 * SLAB_ELEMENTS
 
+    def folded(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """The second moments for a budget, and three values of each input."""
+        inputs = weights[0].in_features
+        return (4 * inputs**2 if self.decides else 0) + 12 * inputs
+
     def _budget_bytes(self, weights: int) -> int:
         return self.budget if self.budget is not None else int((self.budget_bits or 0) * weights / 8)
 
@@ -293,7 +298,7 @@ class BCT(WeightPass):
 
         functions = view.functions()
         stage = tuple(Group((function,)) for function in functions if function.role == "activation")
-        ranges = view.fold(stage, lambda group: Range(), Range.add) if stage else []
+        ranges: Iterable[Range] = view.fold(stage, lambda group: Range(), Range.add) if stage else ()
         seen = {group.name: found for group, found in zip(stage, ranges, strict=True)}
         for function in functions:
             table = self._table(function, seen.get(function.name))
@@ -358,7 +363,7 @@ class BCT(WeightPass):
             importance = seen.square / seen.tokens
         return quantize_blocks(matrix, bits, self._block(weight), self.scale, self.scale_search != "max", importance)
 
-    def _fold(self, view: BlockView, stage: Stage, with_gram: bool) -> list[Seen | None]:
+    def _fold(self, view: BlockView, stage: Stage, with_gram: bool) -> Iterable[Seen | None]:
         """Statistics of each group's inputs on calibration data; None if no setting needs them."""
         if self.traits.reads == "weights" or (stage[0].weights[0].role == "embedding" and not with_gram):
             return [None] * len(stage)
@@ -369,8 +374,7 @@ class BCT(WeightPass):
                 return Seen.of_rows(weight.out_features, view.device)
             return Seen.of_inputs(group.in_features, self._block(weight)[1], with_gram, view.device)
 
-        seen = view.fold(stage, start, Seen.add)
-        return [*seen]
+        return view.fold(stage, start, Seen.add)
 
     def _input_exponent(self, weight: Weight, seen: Seen | None) -> torch.Tensor:
         from compressor.kernels.ops.blocks import shift_exponent

@@ -66,6 +66,7 @@ from compressor.methods.factorization.low_rank import (
     dense_bytes,
     largest_rank,
     least_error,
+    moments_bytes,
     shrinks,
     spectrum,
     stage_metrics,
@@ -157,6 +158,7 @@ class DSFormer(WeightPass):
 
     title: ClassVar[str] = "Factorizes weights into dense atoms and sparse coefficients (DSFormer), or low rank"
     paper: ClassVar[str] = "Chand, Prabhu & Kumar 2023, arXiv 2312.13211"
+    keeps_block: ClassVar[bool] = True
 
     ratio: float | None = Field(
         None,
@@ -313,6 +315,10 @@ class DSFormer(WeightPass):
         """H with its factor and one copy, working copies of a weight, and the spectrum of its smaller side."""
         inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
         return 12 * inputs**2 + 40 * largest * inputs + 24 * min(inputs, largest) ** 2
+
+    def folded(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """Second moments, in float64 for few inputs."""
+        return moments_bytes(weights[0].in_features) if self.metric == "output" else 0
 
     def block(self, view: BlockView) -> None:
         refines = bool(self.refine_steps and view.stages())

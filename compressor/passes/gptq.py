@@ -23,7 +23,7 @@ solve. Memory: 8·n² bytes for H and U, 4·m·n for one weight, and 80 MiB for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -36,7 +36,7 @@ from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor, permuted
 from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
-from compressor.protocol import BlockView, DataSize, Group, Stage, Traits, Weight, WeightPass, Work
+from compressor.protocol import BlockView, DataSize, Folds, Group, Stage, Traits, Weight, WeightPass, Work
 from compressor.protocol.work import inverse_factor as factor_work
 
 SUB_BLOCK = 32  # columns updated one by one before a small GEMM; the best of 16, 32, 64 for 1024..4096 inputs
@@ -141,6 +141,9 @@ class GPTQ(WeightPass):
         size = 8 if self.hessian_dtype == "float32" else 20
         return size * inputs**2 + 5 * largest * inputs + 5 * 4 * WORKING_ELEMENTS
 
+    def folded(self, weights: Sequence[Weight], data: DataSize) -> int:
+        return (4 if self.hessian_dtype == "float32" else 8) * weights[0].in_features ** 2
+
     @property
     def _permutes_groups(self) -> bool:
         return self.act_order == "group" and self.group_size != -1
@@ -149,42 +152,50 @@ class GPTQ(WeightPass):
         dtype = getattr(torch, self.hessian_dtype)
         for stage in view.stages(sequential=self.true_sequential):
             grams = view.fold(stage, lambda group: Gram.zeros(group.in_features, dtype, view.device), Gram.add)
-            for group, gram in zip(stage, self._enough_tokens(view, stage, grams), strict=True):
+            chosen = [self._choose(view, stage, number, grams.tokens) for number in range(len(stage))]
+            pooled = _pooled([blend for blend in chosen if isinstance(blend, Blend)], grams)
+            for number, (group, choice) in enumerate(zip(stage, chosen, strict=True)):
+                gram = None if choice == "rtn" else grams[number]
+                if gram is not None and isinstance(choice, Blend):
+                    gram = blend(gram, pooled[choice.siblings], choice.wanted, share_inputs=len(group.weights) > 1)
                 self._solve_group(view, group, gram)
 
-    def _enough_tokens(self, view: BlockView, stage: Stage, grams: list[Gram]) -> list[Gram | None]:
-        """Second moments of each group, blended for an expert with few tokens. None means round-to-nearest."""
-        result: list[Gram | None] = []
-        for group, gram in zip(stage, grams, strict=True):
-            if group.expert is not None:
-                siblings = [other for other, g in zip(grams, stage, strict=True) if _same_layer(g, group)]
-                result.append(self._expert_gram(view, group, gram, siblings))
-                continue
-            wanted = group.in_features if self.min_tokens == "auto" else self.min_tokens
-            if gram.tokens < wanted / 8:
-                raise PassError(
-                    f"{gram.tokens} calibration tokens for {group.in_features} inputs are too few",
-                    where=group.name,
-                    hint=f"Set a larger data.samples or data.length, or min_tokens: {gram.tokens}.",
-                )
-            if gram.tokens < wanted:
-                view.warn("few-tokens", group.name, f"{gram.tokens} calibration tokens for {group.in_features} inputs")
-            result.append(gram)
-        return result
+    def _choose(
+        self, view: BlockView, stage: Stage, number: int, tokens: Sequence[int]
+    ) -> Literal["own", "rtn"] | Blend:
+        """Whether a group is solved with its own second moments, with blended ones, or rounded to nearest.
 
-    def _expert_gram(self, view: BlockView, group: Group, gram: Gram, siblings: Sequence[Gram]) -> Gram | None:
+        tokens  of each group
+        """
+        group, seen = stage[number], tokens[number]
+        if group.expert is not None:
+            siblings = tuple(at for at, other in enumerate(stage) if _same_layer(other, group))
+            return self._choose_for_expert(view, group, seen, siblings, any(tokens[at] for at in siblings))
+        wanted = group.in_features if self.min_tokens == "auto" else self.min_tokens
+        if seen < wanted / 8:
+            raise PassError(
+                f"{seen} calibration tokens for {group.in_features} inputs are too few",
+                where=group.name,
+                hint=f"Set a larger data.samples or data.length, or min_tokens: {seen}.",
+            )
+        if seen < wanted:
+            view.warn("few-tokens", group.name, f"{seen} calibration tokens for {group.in_features} inputs")
+        return "own"
+
+    def _choose_for_expert(
+        self, view: BlockView, group: Group, tokens: int, siblings: tuple[int, ...], others: bool
+    ) -> Literal["own", "rtn"] | Blend:
+        """The same for an expert. others: any expert of its layer has got a token"""
         wanted = max(64, group.in_features // 32)
         if self.min_tokens_per_expert != "auto":
             wanted = self.min_tokens_per_expert
-        if gram.tokens >= wanted:
-            return gram
-        seen = f"the expert got {gram.tokens} of the {wanted} calibration tokens that it needs"
+        if tokens >= wanted:
+            return "own"
+        seen = f"the expert got {tokens} of the {wanted} calibration tokens that it needs"
         if self.sparse_expert == "error":
             raise PassError(seen, where=group.name, hint="Set a larger data.samples, or sparse_expert: blend.")
         view.warn("sparse-expert", group.name, f"{seen}; {self.sparse_expert}")
-        if self.sparse_expert == "rtn" or not any(other.tokens for other in siblings):
-            return None
-        return blend(gram, siblings, wanted, share_inputs=len(group.weights) > 1)
+        return "rtn" if self.sparse_expert == "rtn" or not others else Blend(siblings, wanted)
 
     def _solve_group(self, view: BlockView, group: Group, gram: Gram | None) -> None:
         """Solve the weights of a group one after the other, with one Hessian and one factorization.
@@ -365,17 +376,42 @@ class Solution:
     loss: torch.Tensor
 
 
-def blend(gram: Gram, siblings: Sequence[Gram], wanted: int, share_inputs: bool) -> Gram:
+@dataclass(frozen=True)
+class Blend:
+    """An expert with few tokens. siblings: numbers of all groups of its layer, itself included"""
+
+    siblings: tuple[int, ...]
+    wanted: int
+
+
+def _pooled(blends: Sequence[Blend], grams: Folds[Gram]) -> dict[tuple[int, ...], Gram]:
+    """The sums of the siblings of these experts, before any of them is given up."""
+    found: dict[tuple[int, ...], Gram] = {}
+    for siblings in dict.fromkeys(blend.siblings for blend in blends):
+        found[siblings] = pool(grams[at] for at in siblings)
+    return found
+
+
+def pool(siblings: Iterable[Gram]) -> Gram:
+    """The sum of the moments of the experts of a layer."""
+    total: Gram | None = None
+    for gram in siblings:
+        total = total or Gram(torch.zeros_like(gram.matrix))
+        total = Gram(total.matrix.add_(gram.matrix), total.tokens + gram.tokens)
+    assert total is not None, "an expert is its own sibling"
+    return total
+
+
+def blend(gram: Gram, pooled: Gram, wanted: int, share_inputs: bool) -> Gram:
     """Fill the moments of an expert with few tokens up to `wanted` tokens, from the pooled moments of all experts.
 
     H' = (n H + k H_all) / (n + k), k = wanted. Experts that read the layer's own input can share whole matrices. The
     inputs of a down projection are private features of each expert, so only the mean of the diagonal is shared.
     """
-    tokens = sum(other.tokens for other in siblings)
-    pooled = sum((other.matrix for other in siblings), torch.zeros_like(gram.matrix)) / tokens
+    mean = pooled.matrix / pooled.tokens
     if not share_inputs:
-        pooled = torch.eye(len(pooled), dtype=pooled.dtype, device=pooled.device) * pooled.diagonal().mean()
-    return Gram(gram.matrix + wanted * pooled, gram.tokens + wanted)
+        mean = torch.eye(len(mean), dtype=mean.dtype, device=mean.device) * mean.diagonal().mean()
+    return Gram(gram.matrix + wanted * mean, gram.tokens + wanted)
 
 
 def revive_dead(hessian: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ Storage besides the weights: 2·out·k bytes for k calibrated columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -127,9 +127,13 @@ class LLMInt8(WeightPass):
         """Four copies of a weight in float32."""
         return 16 * max(weight.out_features for weight in weights) * weights[0].in_features
 
+    def folded(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """The largest value of each input, and how often it was an outlier."""
+        return 12 * weights[0].in_features if self._counts else 0
+
     def block(self, view: BlockView) -> None:
         for stage in view.stages(sequential=False):
-            counts: list[Outliers] = []
+            counts: Iterable[Outliers] = ()
             if self._counts:
                 counts = view.fold(stage, partial(Outliers.none, self._limit, view.device), Outliers.add)
             for group, count in zip_longest(stage, counts):

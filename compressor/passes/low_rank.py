@@ -23,7 +23,7 @@ is twice as much, plus one run of the whole model.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -38,6 +38,7 @@ from compressor.methods.factorization.low_rank import (
     dense_bytes,
     largest_rank,
     low_rank_bytes,
+    moments_bytes,
     shrinks,
     spectrum,
     stage_metrics,
@@ -165,6 +166,10 @@ class LowRank(WeightPass):
         inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
         return 12 * inputs**2 + 16 * largest * inputs + 40 * min(inputs, largest) ** 2
 
+    def folded(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """Second moments, in float64 for few inputs."""
+        return moments_bytes(weights[0].in_features) if self.metric == "output" else 0
+
     def decide(self, model: WholeModel) -> Decision | None:
         """Ranks of all matrices within the budget; null means dense."""
         tails: dict[str, list[float]] = {}
@@ -189,7 +194,7 @@ class LowRank(WeightPass):
                 for weight in group:
                     self._store(view, weight, metric, tokens)
 
-    def _metrics(self, view: BlockView, stage: Any) -> list[tuple[Metric, int]]:
+    def _metrics(self, view: BlockView, stage: Any) -> Iterator[tuple[Metric, int]]:
         return stage_metrics(view, stage, self.damping, self.metric == "output")
 
     def _store(self, view: BlockView, weight: Weight, metric: Metric, tokens: int) -> None:

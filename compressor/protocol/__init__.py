@@ -21,6 +21,7 @@ from compressor.protocol.passes import TokenPass as TokenPass
 from compressor.protocol.passes import Traits as Traits
 from compressor.protocol.passes import WeightPass as WeightPass
 from compressor.protocol.views import BlockView as BlockView
+from compressor.protocol.views import Folds as Folds
 from compressor.protocol.views import PartView as PartView
 from compressor.protocol.views import RunnableModel as RunnableModel
 from compressor.protocol.views import State as State

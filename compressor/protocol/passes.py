@@ -101,6 +101,8 @@ class WeightPass(Pass):
     from part to part. What it must know about the whole model is a `Decision`.
     """
 
+    keeps_block: ClassVar[bool] = False  # it holds values of all weights of a block at once
+
     def stored(self, weight: Weight) -> str | None:
         """Name of the format that this pass would leave for `weight`: `Traits.stores`, unless kinds of weights differ.
 
@@ -146,6 +148,14 @@ class WeightPass(Pass):
         """
         inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
         return (12 * inputs**2 if data.tokens else 0) + 20 * largest * inputs
+
+    def folded(self, weights: Sequence[Weight], data: DataSize) -> int:
+        """Bytes of what `BlockView.fold` returns for weights that read the same input.
+
+        Those of all experts of a layer exist at once, if they fit into memory; `memory` counts those of one. The
+        default is enough for second moments in float32.
+        """
+        return 4 * weights[0].in_features ** 2 if data.tokens else 0
 
     def decide(self, model: WholeModel) -> Decision | None:
         """A choice over the whole model, before the sweep. Every view then has it as `view.decision`."""

@@ -16,8 +16,28 @@ if TYPE_CHECKING:
     from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
 
 Folded = TypeVar("Folded")
+Result = TypeVar("Result", covariant=True)
 SLICE_ELEMENTS = 1 << 24  # of a parameter that are in float64 at once (`PartView.change`)
 State = dict[str, "torch.Tensor"]  # what a RewritePass returns for the next part; the journal saves it
+
+
+class Folds(Protocol[Result]):
+    """The results of `BlockView.fold`, in the order of the groups.
+
+    Those of experts that don't fit into memory are computed each time when they are asked for. So a pass should take
+    one after the other, and keep only what it needs.
+    """
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Number of rows that each group has got."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Result: ...
+
+    def __iter__(self) -> Iterator[Result]: ...
 
 
 class BlockView(Protocol):
@@ -56,12 +76,13 @@ class BlockView(Protocol):
 
     def fold(
         self, stage: Stage, start: Callable[[Group], Folded], step: Callable[[Folded, torch.Tensor], Folded]
-    ) -> list[Folded]:
+    ) -> Folds[Folded]:
         """Run the block, as it is now, once over the calibration batches, and fold the inputs of each group.
 
         `step(folded, x)` gets x (tokens, in_features), or (tokens, width) for a function, on the view's device and
         without padding. It is called once per batch in a fixed order. For an expert, x has only the tokens that are
-        routed to it, and `step` may never be called.
+        routed to it, and `step` may never be called. For experts that don't fit into memory, `start` and `step` are
+        called when a result is asked for, and again if it is asked for again (`Folds`).
         """
         ...
 

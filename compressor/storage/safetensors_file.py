@@ -11,8 +11,8 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,24 @@ class TensorInfo:
         """The dtype's name in the file."""
         return self.small or NAMES[self.dtype]
 
+    @property
+    def is_sliced(self) -> bool:
+        """Whether it is so large that it is copied slice by slice, as that of all experts (experts, rows, columns)."""
+        return len(self.shape) == 3 and self.nbytes > COPY_BYTES and self.small is None
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write. `read` returns it, contiguous, when it is written; for a dtype in SMALL_BITS its bytes."""
+    """A tensor to write.
+
+    read  gives the tensor when it is written, or its slices along the first dimension one after the other; for a dtype
+          in SMALL_BITS its bytes
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[[], Iterable[Tensor]]
     small: str | None = None
 
     @property
@@ -135,7 +144,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def write_file(path: Path, entries: Iterable[Entry]) -> None:
     """Write tensors in the library's order with metadata {"format": "pt"}, then sync the file.
 
-    raises  PassError if the disk is full; then no file is left
+    raises  PassError if the disk is full. After any error no file is left
     """
     ordered = sorted(entries, key=lambda entry: (-RANK[entry.stored_as], entry.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -157,9 +166,9 @@ def write_file(path: Path, entries: Iterable[Entry]) -> None:
                 _write_tensor(file, entry)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+    except BaseException as error:
         path.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise disk_full(path, offset) from error
         raise
 
@@ -194,6 +203,27 @@ def read_bytes(info: TensorInfo) -> Tensor:
     return torch.frombuffer(buffer, dtype=info.dtype).reshape(shape)
 
 
+def read_slices(info: TensorInfo) -> Iterator[Tensor]:
+    """The slices of a tensor along its first dimension, one after the other. Each is a private copy.
+
+    A tensor that is stored quantized is dequantized as a whole.
+    """
+    if info.decode is not None or info.small is not None:
+        yield from (part.clone() for part in read_bytes(info))
+        return
+    size = info.nbytes // max(1, info.shape[0])
+    for number in range(info.shape[0]):
+        yield read_bytes(replace(info, shape=info.shape[1:], offset=info.offset + number * size, nbytes=size))
+
+
+def read_pieces(info: TensorInfo) -> Iterator[Tensor]:
+    """A tensor as `Entry.read` gives it."""
+    if info.is_sliced:
+        yield from read_slices(info)
+    else:
+        yield read_bytes(info)
+
+
 def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
     """Whether two tensors of the same dtype and shape are equal bit for bit. They are read piece by piece."""
     if (first.stored_as, first.shape) != (second.stored_as, second.shape):
@@ -213,12 +243,16 @@ def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
 
 
 def _write_tensor(file: Any, entry: Entry) -> None:
-    tensor = entry.read()
     shape = tuple(entry.shape) if entry.small is None else (entry.nbytes,)
-    if tensor.dtype != entry.dtype or tuple(tensor.shape) != shape:
-        raise ValueError(f"{entry.name}: {tensor.dtype} {tuple(tensor.shape)} was read, {entry} was announced")
-    if tensor.numel():
-        file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    written = 0
+    for tensor in entry.read():
+        if tensor.dtype != entry.dtype or tuple(tensor.shape) not in (shape, shape[1:]):
+            raise ValueError(f"{entry.name}: {tensor.dtype} {tuple(tensor.shape)} was read, {entry} was announced")
+        if tensor.numel():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        written += tensor.nbytes
+    if written != entry.nbytes:
+        raise ValueError(f"{entry.name}: {written} bytes were read, {entry} was announced")
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

@@ -164,8 +164,8 @@ def test_the_runs_of_a_speed_measurement_are_those_that_it_makes(tmp_path, monke
         speed._median_seconds(lambda: model(input_ids=ids), speed.SPEED_RUNS)
     speed._decode_rate(model, ids)
     prompts = [length for length in read if length > 1]
-    assert prompts == [stage_times.PREFILL_TOKENS] * (stage_times.PREFILL_RUNS + stage_times.DECODE_RUNS)
-    assert len(read) - len(prompts) == stage_times.DECODE_RUNS * (stage_times.DECODE_TOKENS - 1)
+    assert prompts == [stage_times.PREFILL_TOKENS] * (stage_times.ALL_PREFILL_RUNS + stage_times.ALL_DECODE_RUNS)
+    assert len(read) - len(prompts) == stage_times.ALL_DECODE_RUNS * (stage_times.DECODE_TOKENS - 1)
 
 
 def test_a_pass_that_does_not_count_its_work_is_named(tmp_path, monkeypatch):

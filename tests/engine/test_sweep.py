@@ -12,11 +12,12 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 
 from compressor.data.samples import load_samples
-from compressor.engine import block_view, calibration_batch, sweep
+from compressor.engine import block_view, calibration_batch, estimates, sweep
 from compressor.engine import plan as planning
 from compressor.engine.plan import make_plan
 from compressor.errors import PassError
 from compressor.layers.packed_linear import PackedLinear
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
 from compressor.storage.journal import Journal
@@ -27,12 +28,12 @@ steps: [{pass: gptq, bits: 4, group_size: 32, min_tokens_per_expert: 4, true_seq
 """
 
 
-def swept(model, work, monkeypatch, share, sequential=b"true", spills=False):
+def swept(model, work, monkeypatch, share, sequential=b"true", **sizes):
     """sha256 of all unit files of a sweep over six batches."""
     monkeypatch.setattr(calibration_batch, "RECORDED_SHARE", share)
     monkeypatch.setattr(calibration_batch, "BATCH_TOKENS", 32)
     plan = make_plan(parse_recipe(RECIPE % sequential), str(model), prove=False)
-    plan = replace(plan, sizes=replace(plan.sizes, spills=spills))
+    plan = replace(plan, sizes=replace(plan.sizes, **sizes))
     samples = load_samples(plan.recipe.data, model, seed=0, vocabulary=96)
     sweeper = sweep.Sweeper(
         plan, Journal.create(work, {}), samples, torch.device("cpu"), 0, lambda event: None, lambda: False
@@ -47,6 +48,19 @@ def test_what_batches_may_keep_changes_no_byte(family, tmp_path, monkeypatch):
     found = {swept(model, tmp_path / f"w{share}", monkeypatch, share) for share in (0, 1.5, 100)}
     assert found == {swept(model, tmp_path / "spilled", monkeypatch, 100, spills=True)}
     assert list((tmp_path / "spilled" / "parts" / "hidden").iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_vl_moe"])
+def test_experts_in_a_mapped_file_change_no_byte(family, tmp_path, monkeypatch):
+    model, filled = tiny.save(family, tmp_path / "m", dtype=torch.bfloat16), []
+    empty = MappedTensors.empty
+    monkeypatch.setattr(MappedTensors, "empty", lambda *a: filled.append(empty(*a)) or filled[-1])
+    in_memory = swept(model, tmp_path / "memory", monkeypatch, 100)
+    assert not filled
+    assert swept(model, tmp_path / "mapped", monkeypatch, 100, maps_experts=True) == in_memory
+    assert len(filled) == 2 * 2 * 2  # two parameters of two blocks, before and after they are stored
+    left = {path.suffix for path in (tmp_path / "mapped" / "parts").iterdir()}
+    assert left == {".safetensors"}
 
 
 def test_paused_batches_keep_what_the_small_probe_batch_reads(tmp_path, monkeypatch):
@@ -125,3 +139,36 @@ def test_a_plan_spills_hidden_states_only_if_they_do_not_fit(tmp_path):
     assert small.peak_memory_bytes <= 2 << 30 < 4 * kept < large.peak_memory_bytes
     assert small.disk_bytes - large.disk_bytes == pytest.approx(2 * kept, rel=1e-3)  # before and after a block
     assert sizes(b"100MiB")[1] == ["memory"]
+
+
+@pytest.mark.parametrize(
+    ("step", "maps"),
+    [
+        ("rtn, group_size: 32", True),
+        ("low_rank, only: ['@attention']", True),
+        ("awq, group_size: 32", False),
+        ("dsformer, only: ['@attention']", False),
+    ],
+)
+def test_a_plan_maps_experts_only_if_they_do_not_fit(step, maps, tmp_path, monkeypatch):
+    """Not for a pass that holds more than one expert at a time."""
+    monkeypatch.setattr(estimates, "INTERPRETER_BYTES", 0)
+    monkeypatch.setattr(estimates, "CHUNK_BYTES", 0)
+    model = tiny.save("qwen3_moe", tmp_path / "m", dtype=torch.bfloat16, num_experts=64, moe_intermediate_size=128)
+    experts = 64 * 3 * 32 * 128 * 2
+
+    def planned(memory):
+        recipe = b"version: 1\ndata: {source: random, samples: 2, length: 8}\nsteps: [{pass: %s}]\n" % step.encode()
+        overrides = [f"limits.memory={memory}", "eval.data.length=8", "eval.batch_size=1"]
+        plan = make_plan(parse_recipe(recipe, overrides=overrides), str(model), prove=False)
+        told = [warning.message for warning in plan.warnings if warning.code == "experts-mapped"]
+        return plan.sizes, [problem.where for problem in plan.problems], told
+
+    large, refused, told = planned(1 << 34)
+    assert not large.maps_experts and not refused and not told and large.peak_memory_bytes > 2 * experts
+    small, refused, told = planned(2 * experts)
+    assert small.maps_experts == maps and refused == ([] if maps else ["memory"])
+    if maps:
+        assert small.peak_memory_bytes <= 2 * experts < small.disk_bytes - large.disk_bytes
+        assert f"{experts:,} bytes" in told[0]
+    assert planned(1000)[1] == ["memory"]

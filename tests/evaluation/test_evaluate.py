@@ -28,6 +28,7 @@ from compressor.evaluation.render import render_markdown, unmeasured_speed
 from compressor.evaluation.report import validate_report
 from compressor.evaluation.saturation import RangeCounts, saturation
 from compressor.evaluation.speed import measure_speed
+from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.model_files import demo_path
 from compressor.recipe.gates import GATE_NAMES, check_gates, compares_models, read_gates, unknown_gate, unmeasured_gates
 from compressor.recipe.recipe import parse_recipe
@@ -117,6 +118,7 @@ IN_PARTS = {
     "two kinds of blocks": ("gemma3", {"pass": "rtn", "group_size": 32}),
     "conv1d": ("gpt2", {"pass": "rtn", "group_size": 32}),
     "experts": ("mixtral", {"pass": "rtn", "group_size": 32}),
+    "experts in one tensor": ("gpt_oss", {"pass": "rtn", "group_size": 32}),
     "untied head": ("qwen3", {"pass": "rtn", "group_size": 32, "only": ["*", "@head"]}),
     "classes": ("bert", {"pass": "bct", "activations": "dynamic", "only": ["*", "@norm", "@embedding"]}),
     "hidden states": ("bert_base", {"pass": "rtn", "bits": 8, "group_size": 32}),
@@ -143,7 +145,10 @@ def test_quality_measured_in_parts_is_that_of_whole_models(kind, tmp_path, monke
     )
     labels = torch.tensor([0, 1, 0, 1, 1]) if family in ("vit", "bert") else None
     request = ask(tmp_path, model, artifact, inputs, list(QUALITY), labels)
+    mapped, empty = [], MappedTensors.empty
+    monkeypatch.setattr(MappedTensors, "empty", lambda *a: mapped.append(a) or empty(*a))
     whole, parts = measure_quality(request), measure_quality({**request, "memory": 1})
+    assert bool(mapped) == ("experts" in kind)
     assert (whole["measured"], parts["measured"]) == ("whole", "parts")
     assert any(row["after"] is not None for row in whole["metrics"].values())
     for name, row in whole["metrics"].items():

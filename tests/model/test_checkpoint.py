@@ -28,7 +28,7 @@ def model(tmp_path):
 
 
 def entries(tensors):
-    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    return [Entry(name, t.dtype, tuple(t.shape), lambda t=t: [t]) for name, t in tensors.items()]
 
 
 def index_of(model):

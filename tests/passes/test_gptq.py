@@ -17,6 +17,7 @@ from compressor.passes.gptq import (
     _output_errors,
     blend,
     column_order,
+    pool,
     refine_scales,
     revive_dead,
     solve,
@@ -266,10 +267,10 @@ def test_overflowing_inputs_are_an_error_that_names_the_weight():
 def test_blending_fills_up_to_the_wanted_tokens():
     small = Gram(torch.eye(2) * 6, 3)
     big = Gram(torch.tensor([[100.0, 50], [50, 100]]), 50)
-    blended = blend(small, [small, big], 10, share_inputs=True)
+    blended = blend(small, pool([small, big]), 10, share_inputs=True)
     pooled = (small.matrix + big.matrix) / 53
     torch.testing.assert_close(blended.hessian(), 2 * (small.matrix + 10 * pooled) / 13)
-    alone = blend(small, [small, big], 10, share_inputs=False)
+    alone = blend(small, pool([small, big]), 10, share_inputs=False)
     assert float(alone.matrix[0, 1]) == 0
 
 

@@ -7,7 +7,7 @@ is E(W') / E(0).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from compressor.errors import PassError
@@ -87,21 +87,25 @@ def metric_of(hessian: torch.Tensor | None, features: int, damping: float, where
     )
 
 
-def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: bool) -> list[tuple[Metric, int]]:
+def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: bool) -> Iterator[tuple[Metric, int]]:
     """The metric of each group, and its number of tokens. H = I without data, or if no token reached the group."""
     if not of_outputs:
-        return [(metric_of(None, group.in_features, damping, group.name), 0) for group in stage]
+        yield from ((metric_of(None, group.in_features, damping, group.name), 0) for group in stage)
+        return
 
     def start(group: Group) -> Gram:
         return Gram.zeros(group.in_features, _work_dtype(group.in_features), view.device)
 
-    found = []
     for group, gram in zip(stage, view.fold(stage, start, Gram.add), strict=True):
         if gram.tokens < group.in_features:
             message = f"{gram.tokens} calibration tokens for {group.in_features} inputs"
             view.warn("few-tokens", group.name, message if gram.tokens else f"{message}; weights count alike")
-        found.append((metric_of(gram.hessian(), group.in_features, damping, group.name), gram.tokens))
-    return found
+        yield metric_of(gram.hessian(), group.in_features, damping, group.name), gram.tokens
+
+
+def moments_bytes(features: int) -> int:
+    """Bytes of the second moments of inputs with so many features."""
+    return (8 if features <= EXACT_INPUTS else 4) * features**2
 
 
 def _work_dtype(features: int) -> torch.dtype:
