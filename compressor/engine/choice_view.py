@@ -124,7 +124,8 @@ class ModelView:
         is_block = 0 < part <= self.structure.block_count
         if not is_block or self.resident or part in self._kept:
             return True
-        size = sum(self.structure.model.get_parameter(name).nbytes for name in self.structure.parameters_of(part))
+        block = self.structure.pieces.blocks[part - 1]  # its layers may be compressed
+        size = sum(tensor.nbytes for tensor in [*block.parameters(), *block.buffers()])
         if sum(self._kept.values()) + size > self._keepable_bytes:
             return False
         self._kept[part] = size

@@ -154,6 +154,16 @@ class Structure:
                 parts[tensor] = 0
         return parts
 
+    @cached_property
+    def _shared_in_blocks(self) -> dict[str, str]:
+        """Parameter of a block -> another parameter of a block that is the same tensor. Each would have codes and inputs
+        of its own, and the blocks of one kind may use different ones of them (Zamba 2).
+        """
+        prefix = self.pieces.blocks_path + "."
+        pairs = [(one, other) for one, other in self.bindings.tied.items() if one.startswith(prefix)]
+        pairs = [(one, other) for one, other in pairs if other.startswith(prefix)]
+        return {other: one for one, other in reversed(pairs)} | dict(pairs)
+
     def sources_of(self, parameter: str) -> tuple[Source, ...]:
         """The tensors that fill a parameter; those of its owner if it is tied."""
         return self.bindings.sources.get(self.bindings.tied.get(parameter, parameter), ())
@@ -169,6 +179,9 @@ class Structure:
             name = prefix + product.parameter
             if name in self.bindings.joined and not product.fused_experts:
                 self.left_dense[name] = self.bindings.joined[name]
+                continue
+            if name in self._shared_in_blocks:
+                self.left_dense[name] = f"shares its tensor with {self._shared_in_blocks[name]}"
                 continue
             parameter = self.model.get_parameter(name)
             kind = role or self._role(product, name, prefix)

@@ -1,7 +1,7 @@
 """Implements a server process that has imported torch and transformers, and forks a fresh process on request.
 
-The two imports take seconds. A run starts this server before its sweep, so that they run in parallel, and each check of
-the artifact then begins at once. A forked process is as fresh as one that was just started and has imported both:
+These imports take seconds. A run starts this server before its sweep, so that they run in parallel, and each check of
+the artifact then begins at once. A forked process is as fresh as one that was just started and has imported them:
 nothing of `compressor` is imported here, and there was no model, no operation of torch and no random number.
 
 This file is run by its path, so it imports only the standard library.
