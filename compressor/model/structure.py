@@ -156,8 +156,8 @@ class Structure:
 
     @cached_property
     def _shared_in_blocks(self) -> dict[str, str]:
-        """Parameter of a block -> another parameter of a block that is the same tensor. Each would have codes and inputs
-        of its own, and the blocks of one kind may use different ones of them (Zamba 2).
+        """Parameter of a block -> another parameter of a block that is the same tensor. Each would have its own codes
+        and inputs, and the blocks of one kind may use different ones of them (Zamba 2).
         """
         prefix = self.pieces.blocks_path + "."
         pairs = [(one, other) for one, other in self.bindings.tied.items() if one.startswith(prefix)]

@@ -11,6 +11,7 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from family_models import FAMILIES, build, save
 from many_models import classes_of, is_small, tiny_config
 from raising import raises
 
@@ -22,7 +23,10 @@ from compressor.model import wrong_key
 from compressor.model.block_runner import Pieces
 from compressor.model.probe_model import example_batch, make_probe_model
 from compressor.model.structure import find_blocks, read_structure
+from compressor.passes.gptq import GPTQ
 from compressor.recipe.recipe import parse_recipe
+from compressor.run import compress
+from compressor.testing import recipe_for
 
 ROUTERS = {
     "phimoe": "router",
@@ -318,3 +322,17 @@ def test_what_cannot_be_narrower_everywhere_is_sliced_per_site(family, config, s
     found = reshaped(saved(family, **config), {"pass": "fuse_norms"}, step)
     assert "compressed_modules" in found.redefinition.config
     assert any(re.search(why, note) for note in found.redefinition.notes), found.redefinition.notes
+
+
+def test_matrices_that_blocks_share_stay_dense_and_the_others_are_compressed(tmp_path):
+    """The blocks of Zamba 2 share an attention and an MLP, and each uses its own adapter of them."""
+    model = tmp_path / "model"
+    save(FAMILIES["zamba2"], build(FAMILIES["zamba2"]), model)
+    chosen = recipe_for("gptq", GPTQ(group_size=32), samples=16, length=32)
+    plan = make_plan(chosen, str(model))
+    reasons = {row["name"]: row["reason"] for row in plan.skipped}
+    shared = {name for name in reasons if ".shared_transformer." in name}
+    assert shared and all("shares its tensor with" in reasons[name] for name in shared)
+    assert not any(".shared_transformer." in name for name in plan.forms) and plan.forms
+    report = compress(chosen, str(model), tmp_path / "out", measure=False)
+    assert report["status"] == "ok" and not report["verification"]["problems"]
