@@ -44,8 +44,7 @@ from compressor.bounds import Count
 from compressor.errors import Because, PassError, PreflightError, values_of
 from compressor.lazy import torch
 from compressor.methods.divergence import divergence_work
-from compressor.methods.pruning.counted_work import kept_bytes
-from compressor.methods.pruning.masked_forward import KEPT_BLOCK_BYTES
+from compressor.methods.pruning.counted_work import kept_bytes, load_again
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition
@@ -152,8 +151,7 @@ class GreedyRemoval(RewritePass):
         tokens = measured * data.tokens + ranked * share
         blocks, head = sum((block.run for block in parts[1:-1]), Work()), parts[-1]
         load = sum((block.load for block in parts[1:-1]), Work())
-        again = max(0.0, 1 - KEPT_BLOCK_BYTES / load.stored) if load.stored else 0.0
-        found[0] += load * (1 + 0.5 * again * (measured + ranked)) + blocks * (data.tokens + 0.5 * tokens)
+        found[0] += load + load_again(parts) * (0.5 * (measured + ranked)) + blocks * (data.tokens + 0.5 * tokens)
         found[0] += head.run * (data.tokens + tokens) + divergence_work(tokens, head.outputs)
         return found
 

@@ -43,9 +43,9 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import PreflightError
 from compressor.methods.divergence import divergence_work
-from compressor.methods.pruning.counted_work import kept_bytes, repair_work
+from compressor.methods.pruning.counted_work import kept_bytes, load_again, repair_work
 from compressor.methods.pruning.mask_training import Course, train_masks
-from compressor.methods.pruning.masked_forward import KEPT_BLOCK_BYTES, Places, Reader, StreamNorm, reader_columns
+from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition, width_key
@@ -177,11 +177,9 @@ class VTrans(RewritePass):
         blocks, head = parts[1:-1], parts[-1]
         samples = min(self.samples, data.samples)
         step = samples * data.tokens / max(1, data.samples)
-        load = sum((block.load for block in blocks), Work())
-        again = max(0.0, 1 - KEPT_BLOCK_BYTES / load.stored) if load.stored else 0.0
         for block in blocks:
-            found[0] += block.load + block.run * data.tokens
-            found[0] += (block.load * (2 * again) + block.run * (3 * step)) * self.steps
+            found[0] += block.load + block.run * (data.tokens + 3 * step * self.steps)
+        found[0] += load_again(parts) * (2 * self.steps)
         found[0] += (head.run * (2 * step) + divergence_work(step, head.outputs)) * self.steps + head.run * data.tokens
         if self.reconstruct:
             solved: dict[int, list[tuple[int, int, int]]] = {}

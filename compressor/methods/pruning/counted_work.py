@@ -18,6 +18,12 @@ def kept_bytes(data: DataSize, parts: Sequence[PartWork]) -> int:
     return int(min(KEPT_BLOCK_BYTES, blocks) + min(KEPT_OUTPUT_BYTES, outputs))
 
 
+def load_again(parts: Sequence[PartWork]) -> Work:
+    """Of loading all blocks once more, except those that stay in memory."""
+    load = sum((part.load for part in parts[1:-1]), Work())
+    return load * max(0.0, 1 - KEPT_BLOCK_BYTES / load.stored) if load.stored else Work()
+
+
 def repair_work(block: PartWork, data: DataSize, projections: Sequence[tuple[int, int, int]]) -> Work:
     """Of solving the output projections of a block again, which takes one run of the block.
 
