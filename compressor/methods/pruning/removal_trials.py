@@ -56,7 +56,6 @@ class Trials:
     """Measures the model with parts removed. Streams of the last trial are reused up to the first changed block."""
 
     model: RunnableModel
-    dense: Dense
     sites: Sequence[PrunableModule]
     places: Places
     rows: list[int]  # samples of each batch
@@ -96,7 +95,7 @@ class Trials:
         streams = [[stream] for stream in dense.before]
         objective = distilled(model, dense) if loss == "distill" else labelled(model)
         counts = torch.tensor(each).repeat_interleave(torch.tensor(rows))
-        return cls(model, dense, sites, Places(readers), rows, counts, confirms, ranking, objective, streams)
+        return cls(model, sites, Places(readers), rows, counts, confirms, ranking, objective, streams)
 
     @property
     def is_sampled(self) -> bool:
