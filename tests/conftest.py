@@ -1,5 +1,6 @@
 """Runs before anything imports torch."""
 
+import gc
 import importlib
 import os
 import shutil
@@ -32,6 +33,11 @@ def pytest_collection_modifyitems(items):
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker(folder if folder in TIERS else "unit")
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: the garbage collector needn't visit it in each test, nor forks copy it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

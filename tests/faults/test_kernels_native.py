@@ -287,7 +287,8 @@ def object_of(source: Path, *flags: str, changed: tuple[str, str] | None = None,
 @cache
 def system_headers() -> list[str]:
     """Those of all units: they are most of the time that compiling one takes."""
-    return compiled.system_headers((SOURCES / f"{unit}.cpp").read_text() for unit in UNITS)
+    units = ((SOURCES / f"{unit}.cpp").read_text() for unit in UNITS)
+    return compiled.system_headers([*units, *HEADERS.values()])
 
 
 def checked_object(source: Path) -> Path:

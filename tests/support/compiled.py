@@ -63,12 +63,12 @@ def forget_old() -> None:
             pass
 
 
-def precompiled(headers: Sequence[str], flags: Sequence[str]) -> Path:
+def precompiled(headers: Sequence[str], first: Sequence[Path], flags: Sequence[str]) -> Path:
     """What has to be included first so that these headers are not parsed again with the same flags.
 
     Only the precompiled file is there, so that the compiler refuses to go on where it can't use it.
     """
-    text = "".join(f"#include <{name}>\n" for name in headers)
+    text = "".join([*(f"#include <{name}>\n" for name in headers), *(path.read_text() for path in first)])
 
     def make(target: Path) -> None:
         source = target.with_suffix("")
@@ -97,10 +97,11 @@ def object_of(
     folders  where headers are that it includes by quotes
     headers  text of headers that are read before those of the folders
     first    headers that are read before the text
-    system   names of headers of the compiler and its libraries that are read before these, and parsed only once
+    system   names of headers of the compiler and its libraries that are read before these; with them, they and `first`
+             are parsed only once
     """
     headers = headers or {}
-    before = [precompiled(system, flags)] if system else []
+    before = [precompiled(system, first, flags)] if system else first
     known = included("\n".join([text, *headers.values()]), folders, {})
     facts = [text, *headers.values(), *known.values(), *(path.read_text() for path in first), *system, *flags]
 
@@ -108,7 +109,7 @@ def object_of(
         for header, of_header in {**headers, f"{name}.cpp": text}.items():
             (target.parent / header).write_text(of_header)
         command = ["g++", *flags, *(f"-iquote{folder}" for folder in folders)]
-        for path in [*before, *first]:
+        for path in before:
             command += ["-include", str(path)]
         subprocess.run([*command, "-c", str(target.parent / f"{name}.cpp"), "-o", str(target)], check=True)
 

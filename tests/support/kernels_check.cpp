@@ -16,6 +16,14 @@ int check_threads();  // kernels_check_threads.cpp; gives the library the thread
 std::vector<int64_t> levels_here();
 extern std::string levels_asked;
 
+// Code without the registers of its level is slow.
+static bool is_plain(int64_t level) {
+#ifdef AVX512_EMULATED
+  if (level >= AVX512VNNI) return true;
+#endif
+  return level == SCALAR;
+}
+
 // Another call in between, so that memory that is kept from call to call holds something else each time.
 static void disturb(std::mt19937& random) {
   static std::vector<float> x(size_t(8 * 4096));
@@ -72,7 +80,7 @@ int main(int count, char** arguments) {
           std::vector<uint8_t> first[2];
           for (const int64_t level : levels_here())
             for (const int64_t threads : {1, 2}) {
-              if (threads == 2 && (level == AVX2 || (level == 0 && M * N * K > 1 << 16))) continue;  // plain code is slow
+              if (threads == 2 && (level == AVX2 || (is_plain(level) && M * N * K > 1 << 16))) continue;
               std::vector<uint8_t> y(size_t(M * N * size), 0xff);
               disturb(random);
               if ((rounded ? linear_dynamic_int8 : linear_weight_only)(level, threads, x.data(), dtype, packed.data(), int64_t(packed.size()),
