@@ -200,11 +200,11 @@ def error_to_dict(error: CompressError) -> ErrorMessage:
     return {"classes": classes, "what": error.what, "where": error.where, "hint": error.hint, "data": error.data}
 
 
-def error_from(told: ErrorMessage) -> CompressError:
+def error_from(reported: ErrorMessage) -> CompressError:
     """The error of another process. A class that is unknown here is replaced by its nearest known base class."""
     known = {cls.__name__: cls for cls in _with_subclasses(CompressError)}
-    cls = next(known[name] for name in told["classes"] if name in known)
-    return cls(told["what"], where=told["where"], hint=told["hint"], data=told["data"])
+    cls = next(known[name] for name in reported["classes"] if name in known)
+    return cls(reported["what"], where=reported["where"], hint=reported["hint"], data=reported["data"])
 
 
 def _with_subclasses(cls: type[CompressError]) -> list[type[CompressError]]:

@@ -197,12 +197,12 @@ class Outcome:
 
     plan   with the decisions of the passes, as the sweeps have written it
     files  files of the last sweep, one per part of the model
-    forms  weight name -> name of its quantization format
+    formats  weight name -> name of its quantization format
     """
 
     plan: DecidedPlan
     files: list[Path]
-    forms: dict[str, StoredWeight]
+    formats: dict[str, StoredWeight]
 
     @property
     def export_format(self) -> ExportFormat:
@@ -214,12 +214,12 @@ def _sweep(job: Job, stop: Stop) -> Outcome:
     """Run the sweeps. The probe stays in `scratch`."""
     with job.clock.time("sweep"):
         sweeper = Sweeper(job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.is_asked)
-        files, forms = run_sweeps(sweeper)
+        files, formats = run_sweeps(sweeper)
     plan = as_built(sweeper.plan, sweeper.structure)
     job.scratch.mkdir()
     assert sweeper.probe is not None
     save_probe(job.scratch / "probe.safetensors", plan.structure, sweeper.probe, job.place)
-    return Outcome(plan, files, {name: forms[name] for name in sorted(forms)})
+    return Outcome(plan, files, {name: formats[name] for name in sorted(formats)})
 
 
 def _write(job: Job, outcome: Outcome) -> None:
@@ -228,7 +228,7 @@ def _write(job: Job, outcome: Outcome) -> None:
         job.built,
         outcome.plan.structure,
         outcome.files,
-        list(outcome.forms.values()),
+        list(outcome.formats.values()),
         outcome.export_format,
         job.recipe.export.shard_bytes,
         outcome.plan.untied,
@@ -244,7 +244,11 @@ def _seal(job: Job, outcome: Outcome) -> None:
     for facts in map(LineFacts.of, job.journal.lines.values()):
         errors.update(facts.relative_errors or {})
         written.update(facts.written)
-    stored = {form.weight.parameter for form in outcome.forms.values() if form.weight.expert is None}
+    stored = {
+        stored_weight.weight.parameter
+        for stored_weight in outcome.formats.values()
+        if stored_weight.weight.expert is None
+    }
     rewritten = {name: error for name, error in sorted(written.items()) if name not in stored}
     source: Source = {
         "name": job.source,
@@ -258,7 +262,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
             for step in job.recipe.steps
             if not isinstance(step.settings, WeightPass)
         ],
-        "relative_errors": {name: errors.get(name) for name in outcome.forms},
+        "relative_errors": {name: errors.get(name) for name in outcome.formats},
     }
     if rewritten:
         source["rewritten"] = rewritten
@@ -266,7 +270,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
         job.built,
         architecture=structure.architecture,
         export_format=outcome.export_format,
-        forms=list(outcome.forms.values()),
+        formats=list(outcome.formats.values()),
         source=source,
         carried=carried(structure),
     )
@@ -304,7 +308,7 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
 
 def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -> Report:
     plan = outcome.plan
-    sizes = weight_sizes(plan.source.checkpoint, job.built, outcome.forms, plan)
+    sizes = weight_sizes(plan.source.checkpoint, job.built, outcome.formats, plan)
     evaluation = job.recipe.eval
     return build_report(
         source=job.source,
@@ -324,7 +328,7 @@ def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -
             "peak_rss_bytes": max(job.clock.peak_rss_bytes.values()),
             "peak_rss_bytes_by_stage": job.clock.peak_rss_bytes,
             "predicted_peak_bytes": plan.peak_memory_bytes,
-            "resumed": [] if job.resumed is None else [{"from_unit": job.resumed}],
+            "resumed": [] if job.resumed is None else [{"from_part": job.resumed}],
             "speed": measured.speed,
             "quality": measured.quality,
         },

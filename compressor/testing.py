@@ -75,7 +75,7 @@ def check_pass(
     assert [file_sha256(file) for file in first.files] == [file_sha256(file) for file in again.files], (
         "a second run writes other bytes"
     )
-    _check_forms(settings, plan, first)
+    _check_formats(settings, plan, first)
     if isinstance(settings, WeightPass):
         _check_untouched(name, settings, model, scratch / "part", only, before)
     report = _check_resume(plan.recipe, model, scratch / "killed", first)
@@ -113,15 +113,15 @@ def _swept(plan: Plan, work: Path) -> Swept:
         sweeper = Sweeper(plan, journal, calibration, place, plan.recipe.seed, lambda event: None, lambda: False)
         files, _ = run_sweeps(sweeper)
         lines = [LineFacts.of(line) for line in journal.lines.values()]
-    stored = {record.weight.name: record.weight.form for line in lines for record in line.records}
+    stored = {record.weight.name: record.weight.format_name for line in lines for record in line.records}
     written = {name for line in lines for name in line.written}
     return Swept(plan, files, stored, written, len(lines))
 
 
 def weight_hashes(directory: Path) -> dict[str, str]:
     """Hashes of the files of the model: weights, config, tokenizer. Files about a single run are left out."""
-    told = {"report.json", "report.md", "report.html", "junit.xml", "README.md", "recipe.yaml", MANIFEST}
-    return {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name not in told}
+    message = {"report.json", "report.md", "report.html", "junit.xml", "README.md", "recipe.yaml", MANIFEST}
+    return {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name not in message}
 
 
 def kill_at(step: int, recipe: Recipe, model: Path, output: Path, of: Literal["syncs", "commits"] = "syncs") -> bool:
@@ -145,7 +145,7 @@ def _is_killed(step: int, of: str, recipe: Recipe, model: Path, output: Path) ->
     return False
 
 
-def _check_forms(settings: Pass, plan: Plan, swept: Swept) -> None:
+def _check_formats(settings: Pass, plan: Plan, swept: Swept) -> None:
     selected = plan.selected[plan.recipe.steps[-1].path]
     assert set(swept.stored) == {weight.name for weight in selected}, "weights were left out"
     for weight in selected:
@@ -161,10 +161,10 @@ def _check_sizes(settings: Pass, plan: Plan, report: Report) -> None:
     Headers are not bounded: the number of digits in a name or an offset may change.
     """
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
-    said = any(warning.code == "sizes-undecided" for warning in plan.warnings)
-    assert said == bool(settings.unplanned), f"plan's warnings are {plan.warnings}"
-    assert said == (settings.sizes_are != "exact"), f"sizes are {settings.sizes_are}, and unplanned says otherwise"
-    if not said:
+    message = any(warning.code == "sizes-undecided" for warning in plan.warnings)
+    assert message == bool(settings.unplanned), f"plan's warnings are {plan.warnings}"
+    assert message == (settings.sizes_are != "exact"), f"sizes are {settings.sizes_are}, and unplanned says otherwise"
+    if not message:
         assert abs(predicted - actual) <= 0.02 * actual, f"plan says {predicted} bytes, {actual} were written"
         return
     planned = {row.name: row.bytes_after for row in plan.rows}

@@ -40,7 +40,7 @@ HINT = "Leave slicegpt out for this model; gptq, rtn and llm_int8 don't need thi
 PROBE = "compressor_probe"  # an argument that no model has; it shows where a block passes on unknown arguments
 CONSTANTS = (type(None), bool, int, float, str)
 
-Spec = dict[str, Any]
+FormatParams = dict[str, Any]
 _Edges = list[
     tuple[InputProjection | ResidualWrite | ResidualNorm, int]
 ]  # a read or write of the stream, and the stream's width there
@@ -61,7 +61,7 @@ class _Record:
     output: Any = None
 
 
-def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
+def find_branches(structure: Structure, residual: Residual) -> dict[Kind, FormatParams]:
     """The settings of a rotated_block for each kind of block (`compressor.model.probe_model.signature`).
 
     residual  what `read_residual` found in this structure
@@ -69,26 +69,26 @@ def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Spec]:
     """
     model, pieces = structure.model, structure.pieces
 
-    def find(probe: Probe) -> dict[Kind, Spec]:
+    def find(probe: Probe) -> dict[Kind, FormatParams]:
         made = float64_probe_model(model, pieces, probe)
         found = branches_of(made, pieces.blocks_path, residual)
         blocks = Pieces(made, pieces.blocks_path).blocks
         return {kind: found[signature(made.config, blocks[at], at)] for at, kind in enumerate(probe.kinds)}
 
-    return found_on_narrow(structure.probes, find, lambda specs, _narrow, _wider: specs)
+    return found_on_narrow(structure.probes, find, lambda all_params, _narrow, _wider: all_params)
 
 
-def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, Spec]:
+def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, FormatParams]:
     """The same for a float64 probe model with random weights. `path` is that of its blocks, the model's first ones."""
     pieces = Pieces(probe, path)
-    found: dict[Kind, Spec] = {}
+    found: dict[Kind, FormatParams] = {}
     with InDouble(), torch.no_grad():
-        hidden, calls = _run_stem(pieces)
+        hidden, calls = _run_embeddings(pieces)
         for index, (block, call) in enumerate(zip(pieces.blocks, calls)):
             kind = signature(probe.config, block, index)
             if kind not in found:
                 record = _record(block, hidden, call)
-                found[kind] = _spec(block, record, residual.blocks[index], f"{path}.{index}")
+                found[kind] = _format_params(block, record, residual.blocks[index], f"{path}.{index}")
         _prove(probe, path, found)
     return found
 
@@ -96,7 +96,7 @@ def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[K
 def check_widths(
     structure: Structure,
     residual: Residual,
-    specs: Mapping[Kind, Spec],
+    all_params: Mapping[Kind, FormatParams],
     widths: Sequence[Sequence[int]],
     embeddings: int | None = None,
 ) -> None:
@@ -124,7 +124,7 @@ def check_widths(
             sizes = _in_proportion(shape, residual.width, width)
             narrow = copy.deepcopy(pieces.blocks[index])
             _narrow(narrow, _block_edges(residual.blocks[index], sizes), f"{path}.{index}.", width)
-            RotatedBlock.wrap(narrow, sizes, specs[kind])
+            RotatedBlock.wrap(narrow, sizes, all_params[kind])
             try:
                 narrow(hidden[..., : sizes[0]], *calls[index].args, **calls[index].kwargs)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -169,12 +169,12 @@ def _check_ends(probe: PreTrainedModel, path: str, residual: Residual, first: in
         ) from error
 
 
-def _block_edges(sites: Sequence[ResidualSublayer], widths: Sequence[int]) -> _Edges:
+def _block_edges(sublayers: Sequence[ResidualSublayer], widths: Sequence[int]) -> _Edges:
     edges: _Edges = []
-    for site, before, after in zip(sites, widths, widths[1:]):
-        edges += [(norm, before) for norm in site.norms]
-        edges += [(consumer, before) for norm in site.norms for consumer in norm.consumers]
-        edges += [(write, after) for write in site.writes]
+    for sublayer, before, after in zip(sublayers, widths, widths[1:]):
+        edges += [(norm, before) for norm in sublayer.norms]
+        edges += [(consumer, before) for norm in sublayer.norms for consumer in norm.consumers]
+        edges += [(write, after) for write in sublayer.writes]
     return edges
 
 
@@ -184,15 +184,19 @@ def _narrow(module: nn.Module, edges: _Edges, prefix: str, width: int) -> None:
     norms: dict[str, dict[str, Any]] = {}
     for edge, kept in edges:
         if isinstance(edge, ResidualNorm):
-            spec = {"width": width, "eps": edge.formula.eps}
-            norms[edge.module.removeprefix(prefix)] = {"form": RmsNorm.form, "spec": spec, "shape": [kept]}
+            format_params = {"width": width, "eps": edge.formula.eps}
+            norms[edge.module.removeprefix(prefix)] = {
+                "form": RmsNorm.format_name,
+                "spec": format_params,
+                "shape": [kept],
+            }
             continue
         name = edge.parameter.removeprefix(prefix)
         shapes.setdefault(name, list(module.get_parameter(name).shape))[edge.axis] = kept
-    reshape(module, shapes, norms, {RmsNorm.form: RmsNorm})
+    reshape(module, shapes, norms, {RmsNorm.format_name: RmsNorm})
 
 
-def _run_stem(pieces: Pieces) -> tuple[Tensor, list[Call]]:
+def _run_embeddings(pieces: Pieces) -> tuple[Tensor, list[Call]]:
     """The arguments of the blocks, with a cache and padding if the model has them, since None shows nothing."""
     batch = example_batch(pieces.model, torch.device("cpu"))
     if "input_ids" in batch:
@@ -235,10 +239,12 @@ def _record(block: nn.Module, hidden: Tensor, call: Call) -> _Record:
     return _Record(known, rest, calls, output)
 
 
-def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSublayer], where: str) -> Spec:
+def _format_params(
+    block: nn.Module, record: _Record, sublayers: Sequence[ResidualSublayer], where: str
+) -> FormatParams:
     found = []
-    for site in sites:
-        names = [norm.module.removeprefix(where + ".") for norm in site.norms]
+    for sublayer in sublayers:
+        names = [norm.module.removeprefix(where + ".") for norm in sublayer.norms]
         ways = []
         for name in names:
             norm = next((call for call in record.calls if call.name == name), None)
@@ -248,7 +254,7 @@ def _spec(block: nn.Module, record: _Record, sites: Sequence[ResidualSublayer], 
                 )
             ways += [
                 {"norm": name, "steps": _steps(first, norm.output, record, where)}
-                for first in _readers(norm, norm.output, record)
+                for first in _consumers(norm, norm.output, record)
             ]
         if not ways:
             raise ModelError("no module reads the whole output of this norm", where=f"{where}.{names[0]}", hint=HINT)
@@ -279,7 +285,7 @@ def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dic
         own = {k: v for k, v in call.kwargs.items() if not (hands_on and k in record.rest and v is record.rest[k])}
         kwargs = {name: _reference(name, value, x, record, place) for name, value in own.items()}
         steps.append({"call": call.name, "args": args, "kwargs": kwargs, "rest": hands_on, "take": take})
-        following = _readers(call, output, record)
+        following = _consumers(call, output, record)
         if not following:
             return steps
         if len(following) > 1:
@@ -290,7 +296,7 @@ def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dic
         call, x = following[0], output
 
 
-def _readers(source: ModuleCall, value: Any, record: _Record) -> list[ModuleCall]:
+def _consumers(source: ModuleCall, value: Any, record: _Record) -> list[ModuleCall]:
     """Calls after `source` whose argument is its output `value`, in any shape."""
     found = []
     for call in record.calls[next(i for i, call in enumerate(record.calls) if call is source) + 1 :]:
@@ -321,14 +327,14 @@ def _reference(name: str, value: Any, x: Tensor, record: _Record, where: str) ->
     )
 
 
-def _prove(probe: PreTrainedModel, path: str, specs: Mapping[Kind, Spec]) -> None:
+def _prove(probe: PreTrainedModel, path: str, all_params: Mapping[Kind, FormatParams]) -> None:
     """raises ModelError naming the first block whose output differs when it runs by its spec"""
     batch = example_batch(probe, torch.device("cpu"))
     rotated = copy.deepcopy(probe)
     for index, block in enumerate(Pieces(rotated, path).blocks):
-        spec = specs[signature(probe.config, block, index)]
+        format_params = all_params[signature(probe.config, block, index)]
         width = _stream(probe, path, batch)[0].shape[-1]
-        RotatedBlock.wrap(block, (width,) * (len(spec["sites"]) + 1), spec)
+        RotatedBlock.wrap(block, (width,) * (len(format_params["sites"]) + 1), format_params)
     found: list[Tensor] = []
     expected = _stream(probe, path, batch)
     names = [*(f"{path}.{index}" for index in range(len(expected) - 1)), "output head"]

@@ -215,28 +215,28 @@ def _norm_producers(runner: _Runner) -> Iterator[Producer]:
             continue
         factors = runner.ones_and_twos(formula.width)
         with _output_scaled(module, factors):
-            readers = _readers(runner, factors)
-            with runner.scaled({name: (runner.in_axis(name), 1 / factors) for name in readers}):
-                holds = bool(readers) and runner.gives_the_same()
+            names = _consumer_names(runner, factors)
+            with runner.scaled({name: (runner.in_axis(name), 1 / factors) for name in names}):
+                holds = bool(names) and runner.gives_the_same()
         if holds:
             makers = _norm_makers(path, formula)
-            consumers = tuple(ScaledParameter(name, runner.in_axis(name)) for name in readers)
+            consumers = tuple(ScaledParameter(name, runner.in_axis(name)) for name in names)
             yield Producer(path, "norm", makers, consumers, tuple(range(formula.width)))
 
 
-def _readers(runner: _Runner, factors: Tensor) -> list[str]:
+def _consumer_names(runner: _Runner, factors: Tensor) -> list[str]:
     """Parameters that multiply the scaled output of a norm.
 
     Experts get the tokens that they got only once the router is scaled back, so the search is repeated.
     """
-    readers: list[str] = []
+    names: list[str] = []
     while True:
-        with runner.scaled({name: (runner.in_axis(name), 1 / factors) for name in readers}):
+        with runner.scaled({name: (runner.in_axis(name), 1 / factors) for name in names}):
             run = runner.run()
         found = [name for name in runner.multiplied if run.follows(runner.before, name, factors)]
-        if set(found) <= set(readers):
-            return readers
-        readers = found
+        if set(found) <= set(names):
+            return names
+        names = found
 
 
 def _norm_makers(path: str, formula: Norm) -> tuple[ScaledParameter, ...]:
@@ -277,12 +277,12 @@ def _made_by(runner: _Runner, maker: str, target: str) -> Producer | None:
         factors = runner.ones_and_twos(rows)
         with runner.scaled(_of_rows(runner, maker, _only(factors, chosen))):
             run = runner.run()
-            readers = [name for name in runner.multiplied if run.follows(runner.before, name, factors[slices])]
-            with runner.scaled({name: (runner.in_axis(name), 1 / factors[slices]) for name in readers}):
-                holds = target in readers and runner.gives_the_same()
+            names = [name for name in runner.multiplied if run.follows(runner.before, name, factors[slices])]
+            with runner.scaled({name: (runner.in_axis(name), 1 / factors[slices]) for name in names}):
+                holds = target in names and runner.gives_the_same()
         if holds:
             makers = tuple(ScaledParameter(name, axis) for name, (axis, _) in _of_rows(runner, maker, factors).items())
-            consumers = tuple(ScaledParameter(name, runner.in_axis(name)) for name in readers)
+            consumers = tuple(ScaledParameter(name, runner.in_axis(name)) for name in names)
             return Producer(maker, "matrix", makers, consumers, tuple(slices.tolist()))
     return None
 

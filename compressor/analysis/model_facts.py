@@ -9,7 +9,7 @@ from typing import Any
 from compressor.analysis.branch_calls import check_widths, find_branches
 from compressor.analysis.prunable_units import Seen, find_prunable, look
 from compressor.analysis.residual_stream import read_residual
-from compressor.analysis.token_gates import find_token_sites
+from compressor.analysis.token_gates import find_token_gates
 from compressor.model.facts import KINDS, ModelFacts, PrunableModule
 from compressor.model.redefined_structure import class_misfit, config_misfit, misfit, parameter_shapes
 from compressor.model.residual_records import Residual
@@ -45,7 +45,7 @@ def facts_of(structure: Structure, given: int) -> ModelFacts:
         structure.pieces.blocks_path,
         lambda redefinition: misfit(structure, redefinition),
         prunable,
-        cache(lambda: find_token_sites(structure)),
+        cache(lambda: find_token_gates(structure)),
         lambda changes: config_misfit(structure, changes),
         lambda changes: class_misfit(structure, changes),
     )

@@ -14,7 +14,7 @@ from compressor.analysis.perturbation import TOLERANCE, size
 from compressor.analysis.unit_codes import columns_of_units, decoded_units, unit_codes
 from compressor.errors import ModelError
 from compressor.model.block_runner import Call
-from compressor.model.facts import Cut, PrunableModule, PruningLayout, RemovedModule
+from compressor.model.facts import PrunableModule, PrunedSlice, PruningLayout, RemovedModule
 from compressor.model.norms import describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.plain_attention import ObservedAttention
@@ -42,7 +42,7 @@ class Finder:
         self.products = {product.parameter: product for product in products}
         self.generator = torch.Generator().manual_seed(PROBE_SEED)
         self.inputs = [self._random(shape) for _ in range(ROUNDS)]
-        self.attention_readers: list[str] = []
+        self.attention_projections: list[str] = []
 
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), dtype=torch.float64, generator=self.generator)
@@ -70,17 +70,17 @@ class Finder:
         caller = next(name for name, other in self.block.named_modules() if other is seen.module)
         per_group = query_heads // groups
         unit_of_head = torch.arange(query_heads) // per_group
-        reader, units = self._read_by_heads(before, unit_of_head, groups, query_heads, head_dim)
-        self.attention_readers.append(reader)
+        projection, units = self._read_by_heads(before, unit_of_head, groups, query_heads, head_dim)
+        self.attention_projections.append(projection)
         columns = columns_of_units(units, groups)
-        cuts, shared = self._cuts(reader, units, groups)
+        slices, shared = self._slices_of(projection, units, groups)
         made = PruningLayout(
             head_dim,
             per_group,
             {f"{self.where}.{caller}": dict(attributes.get(f"{self.index}.{caller}", {}))},
             tuple(name for name in shared if _common([name, caller]) == caller),
         )
-        return self._site("heads", groups, reader, columns, cuts, caller, made)
+        return self._prunable("heads", groups, projection, columns, slices, caller, made)
 
     def _read_by_heads(
         self, before: list[ObservedMatmul], unit_of_head: Tensor, groups: int, heads: int, head_dim: int
@@ -116,29 +116,29 @@ class Finder:
                 where=f"{self.where}.{_owner(fused[0])}",
                 data={"reason": "experts-in-one-tensor"},
             )
-        readers = [
-            name for name in self.products if name not in self.attention_readers and self._is_column_by_column(name)
+        projections = [
+            name for name in self.products if name not in self.attention_projections and self._is_column_by_column(name)
         ]
-        if not readers:
+        if not projections:
             raise ModelError(
                 "no matrix reads what another of its matrices makes column by column",
                 where=self.where,
                 data={"reason": "no-reader"},
             )
-        sites = []
-        for reader in readers:
-            width = self._width(reader)
-            cuts, _ = self._cuts(reader, torch.arange(width), width)
+        prunables = []
+        for projection in projections:
+            width = self._width(projection)
+            slices, _ = self._slices_of(projection, torch.arange(width), width)
             columns = tuple((column,) for column in range(width))
-            sites.append(self._site("ffn", width, reader, columns, cuts, None, PruningLayout()))
-        if len(sites) > 1:
-            names = " and ".join(site.output_projection for site in sites)
+            prunables.append(self._prunable("ffn", width, projection, columns, slices, None, PruningLayout()))
+        if len(prunables) > 1:
+            names = " and ".join(prunable.output_projection for prunable in prunables)
             raise ModelError(
                 f"{names} both read units, and only one of them can be pruned",
                 where=self.where,
-                data={"reason": "two-readers", "readers": [site.output_projection for site in sites]},
+                data={"reason": "two-readers", "readers": [prunable.output_projection for prunable in prunables]},
             )
-        return sites[0]
+        return prunables[0]
 
     def _width(self, name: str) -> int:
         """Number of input columns of a matmul."""
@@ -147,7 +147,7 @@ class Finder:
     def _output_axis(self, name: str) -> int:
         return 1 if name in self.products and self.products[name].transposed else 0
 
-    def _is_column_by_column(self, reader: str) -> bool:
+    def _is_column_by_column(self, projection: str) -> bool:
         """Whether one column of a matmul's input depends, token by token, on few rows of some other matrix."""
         x = self.inputs[0].clone().requires_grad_(True)
         for parameter in self.parameters.values():
@@ -155,12 +155,12 @@ class Finder:
         try:
             with torch.enable_grad():
                 calls = self._run(x)
-                read = next((call.input for call in calls if call.parameter == reader), None)
+                read = next((call.input for call in calls if call.parameter == projection), None)
                 if read is None:
                     return False
-                others = [call for call in calls if call.parameter != reader]
+                others = [call for call in calls if call.parameter != projection]
                 weights = [self.parameters[call.parameter] for call in others]
-                for column in range(min(8, self._width(reader))):  # a ReLU may be 0 for some
+                for column in range(min(8, self._width(projection))):  # a ReLU may be 0 for some
                     last = read.view(*x.shape[:-1], -1)[:, -1, column].sum()
                     found = torch.autograd.grad(last, weights, retain_graph=True, allow_unused=True)
                     for call, gradient in zip(others, found):
@@ -168,7 +168,7 @@ class Finder:
                             continue
                         axis = self._output_axis(call.parameter)
                         rows = int((gradient != 0).any(1 - axis).sum())
-                        if 0 < rows <= max(2, gradient.shape[axis] // self._width(reader)):
+                        if 0 < rows <= max(2, gradient.shape[axis] // self._width(projection)):
                             (given,) = torch.autograd.grad(last, [call.input], retain_graph=True)
                             given = given.view(*x.shape[:-1], -1)
                             return not bool(
@@ -179,14 +179,14 @@ class Finder:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(False)
 
-    def _gradients(self, reader: str, x: Tensor, sums: Callable[[Tensor], list[Tensor]]) -> list[dict[str, Tensor]]:
+    def _gradients(self, projection: str, x: Tensor, sums: Callable[[Tensor], list[Tensor]]) -> list[dict[str, Tensor]]:
         """Gradients, by parameter, of the numbers that `sums` computes from a matmul's input."""
-        wanted = {name: p for name, p in self.parameters.items() if p.dim() <= 2 and name != reader}
+        wanted = {name: p for name, p in self.parameters.items() if p.dim() <= 2 and name != projection}
         for parameter in wanted.values():
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad():
-                read = next(call.input for call in self._run(x) if call.parameter == reader)
+                read = next(call.input for call in self._run(x) if call.parameter == projection)
                 results = []
                 for total in sums(read):
                     found = torch.autograd.grad(total, list(wanted.values()), retain_graph=True, allow_unused=True)
@@ -196,8 +196,8 @@ class Finder:
             for parameter in wanted.values():
                 parameter.requires_grad_(False)
 
-    def _cuts(self, reader: str, units: Tensor, count: int) -> tuple[tuple[Cut, ...], list[str]]:
-        """The slices of each of `count` units. `units` (columns,) is the unit of each input column of `reader`.
+    def _slices_of(self, projection: str, units: Tensor, count: int) -> tuple[tuple[PrunedSlice, ...], list[str]]:
+        """The slices of each of `count` units. `units` (columns,) is the unit of each input column of `projection`.
 
         Also returns the matrices whose rows act on more than one of them.
         """
@@ -210,7 +210,7 @@ class Finder:
                 flat = weights.view(read.shape)
                 return [(read * flat * code[units]).sum() for code in codes]
 
-            gradients = self._gradients(reader, x, sums)
+            gradients = self._gradients(projection, x, sums)
             for name in gradients[0]:
                 # with one unit, every earlier parameter would belong to it, so only matrices are tried
                 if name not in self.products and (count == 1 or self.parameters[name].dim() != 1):
@@ -220,24 +220,26 @@ class Finder:
             if all(bool((found >= 0).all()) for found in owned.values() if bool((found >= 0).any())):
                 break
         shared = [name for name, found in owned.items() if name in self.products and not bool((found >= 0).any())]
-        cuts = [Cut(reader, 0 if self.products[reader].transposed else 1, columns_of_units(units, count))]
+        slices = [
+            PrunedSlice(projection, 0 if self.products[projection].transposed else 1, columns_of_units(units, count))
+        ]
         made: set[str] = set()
         for name, found in sorted(owned.items(), key=lambda item: item[0] not in self.products):  # biases after weights
             if not bool((found >= 0).any()) or name in made:
                 continue
             rows = columns_of_units(found, count)
-            cuts.append(Cut(name, self._output_axis(name), rows))
+            slices.append(PrunedSlice(name, self._output_axis(name), rows))
             bias = self._bias(name, len(found))
             if bias is not None and bias not in made:
-                cuts.append(Cut(bias, 0, rows))
+                slices.append(PrunedSlice(bias, 0, rows))
                 made.add(bias)
-        if len(cuts) == 1:
+        if len(slices) == 1:
             raise ModelError(
                 "no matrix computes its units one by one",
-                where=f"{self.where}.{_owner(reader)}",
+                where=f"{self.where}.{_owner(projection)}",
                 data={"reason": "no-maker"},
             )
-        return tuple(cuts), shared
+        return tuple(slices), shared
 
     def _bias(self, weight: str, length: int) -> str | None:
         """The bias of a weight. Attention ignores a shift of its keys, so no gradient shows the bias of the keys."""
@@ -246,35 +248,35 @@ class Finder:
         found = self.parameters.get(name)
         return name if found is not None and tuple(found.shape) == (length,) else None
 
-    def _site(
+    def _prunable(
         self,
         kind: str,
         units: int,
-        reader: str,
+        projection: str,
         columns: tuple[tuple[int, ...], ...],
-        cuts: tuple[Cut, ...],
+        slices: tuple[PrunedSlice, ...],
         caller: str | None,
         layout: PruningLayout,
     ) -> PrunableModule:
-        inside = [_owner(cut.parameter) for cut in cuts] + ([caller] if caller is not None else [])
+        inside = [_owner(sliced.parameter) for sliced in slices] + ([caller] if caller is not None else [])
         common = _common(inside)
-        bias = self._bias(reader, self.parameters[reader].shape[self._output_axis(reader)])
-        removal = self._removal(_owner(reader), inside, caller)
-        name = common or (caller if caller is not None else _owner(reader))
+        bias = self._bias(projection, self.parameters[projection].shape[self._output_axis(projection)])
+        removal = self._removal(_owner(projection), inside, caller)
+        name = common or (caller if caller is not None else _owner(projection))
         prefix = self.where + "."
         cost = sum(
-            len(cut.rows[0])
-            * prod(n for axis, n in enumerate(self.parameters[cut.parameter].shape) if axis != cut.axis)
-            for cut in cuts
+            len(sliced.rows[0])
+            * prod(n for axis, n in enumerate(self.parameters[sliced.parameter].shape) if axis != sliced.axis)
+            for sliced in slices
         )
         return PrunableModule(
             prefix + name,
             self.index,
             kind,  # type: ignore[arg-type]
             units,
-            prefix + _owner(reader),
+            prefix + _owner(projection),
             columns,
-            tuple(replace(cut, parameter=prefix + cut.parameter) for cut in cuts),
+            tuple(replace(sliced, parameter=prefix + sliced.parameter) for sliced in slices),
             prefix + bias if bias else None,
             cost,
             replace(layout, has_norms=self._has_other_norms(), removal=removal),
@@ -284,9 +286,9 @@ class Finder:
         norms = [describe_norm(module) for module in self.block.modules()]
         return any(norm is not None and norm.width != self.inputs[0].shape[-1] for norm in norms)
 
-    def _removal(self, reader: str, inside: Sequence[str], caller: str | None) -> tuple[RemovedModule, ...]:
+    def _removal(self, projection: str, inside: Sequence[str], caller: str | None) -> tuple[RemovedModule, ...]:
         """Modules that are removed if no unit is kept: the one that contains all of them if its output is that of
-        `reader`, else `reader` and the modules that compute its input.
+        `projection`, else `projection` and the modules that compute its input.
         """
         layer = getattr(self.block.get_submodule(caller), "layer_idx", None) if caller is not None else None
 
@@ -294,24 +296,24 @@ class Finder:
             return RemovedModule(f"{self.where}.{path}", returns, layer, adds)
 
         common = _common(inside)
-        paths = [path for path in {reader, common, *inside} if path]
+        paths = [path for path in {projection, common, *inside} if path]
         outputs = self._outputs(paths)
         whole = outputs.get(common) if common else None
         if (
             whole is not None
-            and whole[0].shape == outputs[reader][0].shape
-            and torch.equal(whole[0], outputs[reader][0])
+            and whole[0].shape == outputs[projection][0].shape
+            and torch.equal(whole[0], outputs[projection][0])
         ):
             return (entry(common, whole[1], True, layer),)
-        makers = [path for path in dict.fromkeys(inside) if path != reader]
+        makers = [path for path in dict.fromkeys(inside) if path != projection]
         holder = _common(makers)
         if caller is not None:
             makers = [holder] if holder else []
-        elif holder and not (reader + ".").startswith(holder + "."):
+        elif holder and not (projection + ".").startswith(holder + "."):
             makers = [holder]
         outputs |= self._outputs([path for path in makers if path not in outputs])
         return (
-            entry(reader, outputs[reader][1], True),
+            entry(projection, outputs[projection][1], True),
             *(entry(path, outputs[path][1], False, layer) for path in makers),
         )
 

@@ -34,11 +34,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.analysis.float64_probe import float64_probe_model
-from compressor.analysis.lifted_units import lifted_site
+from compressor.analysis.lifted_units import lifted_prunable
 from compressor.analysis.lifting import found_on_narrow
 from compressor.analysis.perturbation import InDouble
 from compressor.analysis.prunable_block import Finder
-from compressor.analysis.pruning_proof import Refused, prove_sites
+from compressor.analysis.pruning_proof import Refused, prove_prunables
 from compressor.errors import Because, ModelError, values_of
 from compressor.layers.structural.removed import Removed
 from compressor.model.block_runner import Pieces
@@ -59,12 +59,12 @@ HINT = "Leave vtrans and greedy_removal out for this model; gptq, rtn and llm_in
 class Seen:
     """What a probe model showed.
 
-    sites    prunable modules of its blocks
+    prunables    prunable modules of its blocks
     refused  (block, kind) -> where and why, for blocks without a prunable module of the kind
     first    kind of block -> the first such block of the probe model
     """
 
-    sites: list[PrunableModule]
+    prunables: list[PrunableModule]
     refused: Refused
     first: dict[Kind, int]
 
@@ -93,12 +93,12 @@ def find_prunable(
     """
     model, path = structure.model, structure.pieces.blocks_path
     seen = seen or look(structure)
-    sites = []
+    prunables = []
     for index, of in enumerate(structure.kinds):
         at = seen.first[of]
         for kind in kinds:
-            here = [site for site in seen.sites if site.block == at and site.kind == kind]
-            sites += [_renamed(site, f"{path}.{at}.", f"{path}.{index}.", index, model) for site in here]
+            here = [prunable for prunable in seen.prunables if prunable.block == at and prunable.kind == kind]
+            prunables += [_renamed(prunable, f"{path}.{at}.", f"{path}.{index}.", index, model) for prunable in here]
             if not here and not _is_removed(model.config, f"{path}.{index}", kind):
                 where, why = seen.refused[at, kind]
                 raise ModelError(
@@ -107,13 +107,13 @@ def find_prunable(
                     hint=f"Leave {kind} out of vtrans' `sites`; where the pass is greedy_removal, leave the pass out.",
                     data={"reason": "not-prunable", "kind": kind, "because": values_of(why)},
                 )
-    return tuple(sites)
+    return tuple(prunables)
 
 
 def _is_removed(config: PretrainedConfig, block: str, kind: str) -> bool:
     """Whether the sub-block of this kind was removed from a block."""
     return any(
-        entry["form"] == Removed.form and name.startswith(block + ".") and (entry["spec"]["of"] == kind)
+        entry["form"] == Removed.format_name and name.startswith(block + ".") and (entry["spec"]["of"] == kind)
         for name, entry in reshaping(config)[1].items()
     )
 
@@ -132,7 +132,7 @@ def _find_in_probe(probe: PreTrainedModel, path: str, groups: Sequence[Sequence[
             if kind in firsts:
                 at = firsts[kind]
                 old, new = f"{path}.{at}.", f"{path}.{index}."
-                found += [_renamed(site, old, new, index, probe) for site in found if site.block == at]
+                found += [_renamed(prunable, old, new, index, probe) for prunable in found if prunable.block == at]
                 refused |= {
                     (index, k): (renumbered(w, f"{path}.{at}", f"{path}.{index}"), y)
                     for (b, k), (w, y) in list(refused.items())
@@ -154,9 +154,9 @@ def _find_in_probe(probe: PreTrainedModel, path: str, groups: Sequence[Sequence[
                     IndexError,
                     AttributeError,
                 ) as error:  # the model's own code
-                    told = f"it can't be run with its parts perturbed ({error})"
-                    refused[index, name] = finder.where, Because(told, reason="fails", cause=str(error))
-    return Seen(prove_sites(probe, path, found, refused), refused, firsts)
+                    message = f"it can't be run with its parts perturbed ({error})"
+                    refused[index, name] = finder.where, Because(message, reason="fails", cause=str(error))
+    return Seen(prove_prunables(probe, path, found, refused), refused, firsts)
 
 
 # attributes of attention modules that count heads
@@ -218,45 +218,48 @@ def _agree(lifted: Seen, found: Seen) -> bool:
     """Whether both have the same units. Reasons are the model's own messages, which name its widths."""
 
     def without_reasons(seen: Seen) -> tuple[Any, ...]:
-        sites = [
-            replace(site, layout=replace(site.layout, per_layer=site.layout.per_layer and "")) for site in seen.sites
+        prunables = [
+            replace(prunable, layout=replace(prunable.layout, per_layer=prunable.layout.per_layer and ""))
+            for prunable in seen.prunables
         ]
-        return sites, {key: where for key, (where, _) in seen.refused.items()}, seen.first
+        return prunables, {key: where for key, (where, _) in seen.refused.items()}, seen.first
 
     return without_reasons(lifted) == without_reasons(found)
 
 
 def _lifted(path: str, seen: Seen, narrow: Probe, wider: Probe) -> Seen:
     """raises Unliftable"""
-    if not seen.sites:
+    if not seen.prunables:
         return seen
     inside = _attributes_of_heads(stock_class(wider.empty), wider.config, path)
     attributes = {f"{path}.{name}": numbers for name, numbers in inside.items()}
-    return replace(seen, sites=[lifted_site(site, attributes, narrow, wider) for site in seen.sites])
+    return replace(
+        seen, prunables=[lifted_prunable(prunable, attributes, narrow, wider) for prunable in seen.prunables]
+    )
 
 
 # copies for every block of a kind
 
 
-def _renamed(site: PrunableModule, old: str, new: str, block: int, model: PreTrainedModel) -> PrunableModule:
+def _renamed(prunable: PrunableModule, old: str, new: str, block: int, model: PreTrainedModel) -> PrunableModule:
     """The same prunable module of another block: the prefix `old` of every name becomes `new`."""
 
     def name(full: str) -> str:
         return renumbered(full, old, new)
 
-    attributes = {name(path): numbers for path, numbers in site.layout.attributes.items()}
-    removal = site.layout.removal
+    attributes = {name(path): numbers for path, numbers in prunable.layout.attributes.items()}
+    removal = prunable.layout.removal
     if removal is not None:
         layers = [getattr(model.get_submodule(path), "layer_idx", None) for path in attributes] or [None]
         removal = tuple(
             replace(entry, path=name(entry.path), layer=None if entry.layer is None else layers[0]) for entry in removal
         )
     return replace(
-        site,
-        name=name(site.name),
+        prunable,
+        name=name(prunable.name),
         block=block,
-        output_projection=name(site.output_projection),
-        cuts=tuple(replace(cut, parameter=name(cut.parameter)) for cut in site.cuts),
-        bias=name(site.bias) if site.bias else None,
-        layout=replace(site.layout, attributes=attributes, removal=removal),
+        output_projection=name(prunable.output_projection),
+        slices=tuple(replace(sliced, parameter=name(sliced.parameter)) for sliced in prunable.slices),
+        bias=name(prunable.bias) if prunable.bias else None,
+        layout=replace(prunable.layout, attributes=attributes, removal=removal),
     )

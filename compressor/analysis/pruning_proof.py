@@ -32,55 +32,55 @@ from compressor.model.probe_model import PROBE_SEED, example_batch, make_probe_m
 from compressor.model.redefined_structure import REFUSALS
 from compressor.model.reshaped_class import is_reshaped
 
-FORMS = {Removed.form: Removed, Resized.form: Resized}
+FORMATS = {Removed.format_name: Removed, Resized.format_name: Resized}
 
 Refused = dict[tuple[int, str], tuple[str, Because]]  # (block, kind) -> where, and why
 
 
-def prove_sites(
+def prove_prunables(
     probe: PreTrainedModel, path: str, found: Sequence[PrunableModule], refused: Refused
 ) -> list[PrunableModule]:
     """The prunable modules that pass the proof, with the facts that it showed. The others are added to `refused`."""
     proven: list[PrunableModule] = []
     for kind in KINDS:
-        sites = [site for site in found if site.kind == kind]
-        if not sites:
+        prunables = [prunable for prunable in found if prunable.kind == kind]
+        if not prunables:
             continue
-        some = _drop_some(sites)
-        per_layer = _difference(probe, sites, some, _pruned)
-        config = _config_keys(probe, sites)
-        if config is not None and _difference(probe, sites, some, partial(_of_stock_class, config)) is not None:
+        some = _drop_some(prunables)
+        per_layer = _difference(probe, prunables, some, _pruned)
+        config = _config_keys(probe, prunables)
+        if config is not None and _difference(probe, prunables, some, partial(_of_stock_class, config)) is not None:
             config = None
         if per_layer is not None and config is None:
             refused |= {
-                (site.block, kind): (
-                    site.name,
-                    Because(per_layer + _shared(site), reason="not-proven", shared=list(site.layout.shared)),
+                (prunable.block, kind): (
+                    prunable.name,
+                    Because(per_layer + _shared(prunable), reason="not-proven", shared=list(prunable.layout.shared)),
                 )
-                for site in sites
+                for prunable in prunables
             }
             continue
-        stays = _difference(probe, sites, _nothing(sites), _pruned)
-        for site in sites:
-            removal = None if stays else site.layout.removal
-            layout = replace(site.layout, per_layer=per_layer, config=config, removal=removal, shared=())
-            proven.append(replace(site, layout=layout))
+        stays = _difference(probe, prunables, _nothing(prunables), _pruned)
+        for prunable in prunables:
+            removal = None if stays else prunable.layout.removal
+            layout = replace(prunable.layout, per_layer=per_layer, config=config, removal=removal, shared=())
+            proven.append(replace(prunable, layout=layout))
     return _vanishing(probe, path, proven)
 
 
-def _shared(site: PrunableModule) -> str:
+def _shared(prunable: PrunableModule) -> str:
     """A possible reason: matrices whose rows act on more than one unit, as before a norm over all heads."""
-    names = ", ".join(site.layout.shared)
+    names = ", ".join(prunable.layout.shared)
     return f"; rows of {names} act on more than one of them" if names else ""
 
 
-def _vanishing(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> list[PrunableModule]:
+def _vanishing(probe: PreTrainedModel, path: str, prunables: Sequence[PrunableModule]) -> list[PrunableModule]:
     """The same, in forward order, with `vanishes` set where a block without units can be removed."""
     pieces = Pieces(probe, path)
     batch = example_batch(probe, torch.device("cpu"))
     blocks: dict[int, list[PrunableModule]] = {index: [] for index in range(len(pieces))}
-    for site in sorted(sites, key=lambda site: (site.block, KINDS.index(site.kind))):
-        blocks[site.block].append(site)
+    for prunable in sorted(prunables, key=lambda prunable: (prunable.block, KINDS.index(prunable.kind))):
+        blocks[prunable.block].append(prunable)
     empty = {index for index, here in blocks.items() if len(here) == len(KINDS)}
     with InDouble(), torch.no_grad():
         hidden, calls = pieces.embeddings(batch)
@@ -91,44 +91,44 @@ def _vanishing(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule
         if empty and len(pieces) > 1 and not _counts_on(probe, path, blocks[min(empty)]):
             empty = set()
     return [
-        replace(site, layout=replace(site.layout, vanishes=index in empty))
+        replace(prunable, layout=replace(prunable.layout, vanishes=index in empty))
         for index, here in blocks.items()
-        for site in here
+        for prunable in here
     ]
 
 
-def _nothing(sites: Sequence[PrunableModule]) -> Decision:
-    return {"sites": {site.name: [] for site in sites}}
+def _nothing(prunables: Sequence[PrunableModule]) -> Decision:
+    return {"sites": {prunable.name: [] for prunable in prunables}}
 
 
-def _counts_on(probe: PreTrainedModel, path: str, sites: Sequence[PrunableModule]) -> bool:
+def _counts_on(probe: PreTrainedModel, path: str, prunables: Sequence[PrunableModule]) -> bool:
     """Whether the class can make a model without one block whose later blocks compute the same."""
-    gone, count = sites[0].block, len(Pieces(probe, path))
+    removed, count = prunables[0].block, len(Pieces(probe, path))
     text = probe.config.get_text_config()
     if is_reshaped(probe.config) or text is not probe.config:
         return False
     config = copy.deepcopy(probe.config)
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count:
-            setattr(config, key, [entry for index, entry in enumerate(value) if index != gone])
+            setattr(config, key, [entry for index, entry in enumerate(value) if index != removed])
     config.num_hidden_layers = count - 1
 
     def shorter(*_: Any) -> PreTrainedModel:
         made = make_probe_model(type(probe), config, torch.device("cpu"), torch.float64)
         values = {}
         for name, value in probe.named_parameters(remove_duplicate=False):
-            if not name.startswith(f"{path}.{gone}."):
-                values[_renumbered(name, path, gone)] = value
+            if not name.startswith(f"{path}.{removed}."):
+                values[_renumbered(name, path, removed)] = value
         return _filled(made, values)
 
-    return _difference(probe, sites, _nothing(sites), shorter) is None
+    return _difference(probe, prunables, _nothing(prunables), shorter) is None
 
 
-def _renumbered(name: str, path: str, gone: int) -> str:
+def _renumbered(name: str, path: str, removed: int) -> str:
     if not name.startswith(path + "."):
         return name
     number, _, rest = name.removeprefix(path + ".").partition(".")
-    return f"{path}.{int(number) - (int(number) > gone)}.{rest}"
+    return f"{path}.{int(number) - (int(number) > removed)}.{rest}"
 
 
 def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -142,19 +142,19 @@ def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedM
     return model
 
 
-def _drop_some(sites: Sequence[PrunableModule]) -> Decision:
+def _drop_some(prunables: Sequence[PrunableModule]) -> Decision:
     """Drop the same number of units of every prunable module, but other units in each, some of them in the middle."""
     chosen = {}
-    for number, site in enumerate(sites):
+    for number, prunable in enumerate(prunables):
         generator = torch.Generator().manual_seed(PROBE_SEED + number)
-        order = torch.randperm(site.units, generator=generator).tolist()
-        chosen[site.name] = sorted(order[: max(1, site.units - max(1, site.units // 4))])
+        order = torch.randperm(prunable.units, generator=generator).tolist()
+        chosen[prunable.name] = sorted(order[: max(1, prunable.units - max(1, prunable.units // 4))])
     return {"sites": chosen}
 
 
 def _difference(
     probe: PreTrainedModel,
-    sites: Sequence[PrunableModule],
+    prunables: Sequence[PrunableModule],
     decision: Decision,
     make: Callable[[PreTrainedModel, Sequence[PrunableModule], Decision], PreTrainedModel],
 ) -> str | None:
@@ -162,10 +162,10 @@ def _difference(
     batch = example_batch(probe, torch.device("cpu"))
     share = "some" if any(decision["sites"].values()) else "all"
     with InDouble(), torch.no_grad():
-        with masked(probe, sites, decision):
+        with masked(probe, prunables, decision):
             expected = output_of(probe(**batch))
         try:
-            output = output_of(make(probe, sites, decision)(**batch))
+            output = output_of(make(probe, prunables, decision)(**batch))
         except (CompressError, *REFUSALS) as error:
             return f"with {share} of them removed it can't run ({error})"
     if output.shape != expected.shape or not size(output - expected) <= TOLERANCE * size(expected):
@@ -174,14 +174,14 @@ def _difference(
 
 
 @contextmanager
-def masked(model: nn.Module, sites: Sequence[PrunableModule], decision: Decision) -> Iterator[None]:
+def masked(model: nn.Module, prunables: Sequence[PrunableModule], decision: Decision) -> Iterator[None]:
     """Set the inputs of output projections to 0 where units are removed. A pruned model must compute the same."""
     handles = []
-    for site in sites:
-        gone = set(range(site.units)) - set(kept_units(site, decision))
-        columns = torch.tensor([column for unit in gone for column in site.columns[unit]], dtype=torch.int64)
+    for prunable in prunables:
+        removed = set(range(prunable.units)) - set(kept_units(prunable, decision))
+        columns = torch.tensor([column for unit in removed for column in prunable.columns[unit]], dtype=torch.int64)
         hook = partial(_zeroed, columns)
-        handles.append(model.get_submodule(site.output_projection).register_forward_pre_hook(hook))
+        handles.append(model.get_submodule(prunable.output_projection).register_forward_pre_hook(hook))
     try:
         yield
     finally:
@@ -193,42 +193,42 @@ def _zeroed(columns: Tensor, _module: nn.Module, args: tuple[Any, ...]) -> tuple
     return args[0].index_fill(-1, columns, 0.0), *args[1:]
 
 
-def _pruned(probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision) -> PreTrainedModel:
+def _pruned(probe: PreTrainedModel, prunables: Sequence[PrunableModule], decision: Decision) -> PreTrainedModel:
     """The pruned probe model as the modeling file would make it."""
     values = {name: parameter for name, parameter in probe.named_parameters(remove_duplicate=False)}
-    kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
+    kept = kept_slices({name: value.shape for name, value in values.items()}, prunables, decision, None)
     modules: dict[str, Any] = {}
-    for site in sites:
-        units = len(kept_units(site, decision))
+    for prunable in prunables:
+        units = len(kept_units(prunable, decision))
         if not units:
-            width = values[site.cuts[0].parameter].shape[1 - site.cuts[0].axis]
-            modules |= removed_modules(site, width)
-        elif units < site.units:
-            modules |= resized_modules(site, units)
+            width = values[prunable.slices[0].parameter].shape[1 - prunable.slices[0].axis]
+            modules |= removed_modules(prunable, width)
+        elif units < prunable.units:
+            modules |= resized_modules(prunable, units)
     made = copy.deepcopy(probe)
     narrow = {name: narrowed(values[name], axes) for name, axes in kept.items()}
-    reshape(made, {name: value.shape for name, value in narrow.items()}, modules, FORMS)
+    reshape(made, {name: value.shape for name, value in narrow.items()}, modules, FORMATS)
     for name, value in narrow.items():
         made.get_parameter(name).copy_(value)
-    for site in sites:
-        if not kept_units(site, decision) and site.bias is not None:
-            home = next(entry.path for entry in site.layout.removal or () if entry.adds)
-            made.get_parameter(f"{home}.bias").copy_(values[site.bias])
+    for prunable in prunables:
+        if not kept_units(prunable, decision) and prunable.bias is not None:
+            home = next(entry.path for entry in prunable.layout.removal or () if entry.adds)
+            made.get_parameter(f"{home}.bias").copy_(values[prunable.bias])
     return made
 
 
-def _config_keys(probe: PreTrainedModel, sites: Sequence[PrunableModule]) -> UnitsInConfig | None:
+def _config_keys(probe: PreTrainedModel, prunables: Sequence[PrunableModule]) -> UnitsInConfig | None:
     """Keys of config.json that may hold the number of units of every block. A proof decides whether they do."""
-    if is_reshaped(probe.config) or len({site.units for site in sites}) > 1:
+    if is_reshaped(probe.config) or len({prunable.units for prunable in prunables}) > 1:
         return None
     text = probe.config.get_text_config()
     if text is not probe.config:  # a config inside another
         return None
     held = vars(text)
-    if sites[0].kind == "ffn":
-        names = [key for key in FFN_WIDTH_KEYS if key in held and held[key] in (sites[0].units, None)]
+    if prunables[0].kind == "ffn":
+        names = [key for key in FFN_WIDTH_KEYS if key in held and held[key] in (prunables[0].units, None)]
         return UnitsInConfig({names[0]: 1}, {}) if names else None
-    layout, names_of = sites[0].layout, getattr(text, "attribute_map", {})
+    layout, names_of = prunables[0].layout, getattr(text, "attribute_map", {})
     per_unit = {names_of.get("num_attention_heads", "num_attention_heads"): layout.query_heads}
     key = names_of.get("num_key_value_heads", "num_key_value_heads")
     if key in held:
@@ -237,14 +237,14 @@ def _config_keys(probe: PreTrainedModel, sites: Sequence[PrunableModule]) -> Uni
 
 
 def _of_stock_class(
-    keys: UnitsInConfig, probe: PreTrainedModel, sites: Sequence[PrunableModule], decision: Decision
+    keys: UnitsInConfig, probe: PreTrainedModel, prunables: Sequence[PrunableModule], decision: Decision
 ) -> PreTrainedModel:
     """The pruned probe model as its own class makes it from a config."""
-    units = len(kept_units(sites[0], decision))
+    units = len(kept_units(prunables[0], decision))
     config = copy.deepcopy(probe.config)
     for key, value in keys.of(units).items():
         setattr(config, key, value)
     made = make_probe_model(type(probe), config, torch.device("cpu"), torch.float64)
     values = dict(probe.named_parameters(remove_duplicate=False))
-    kept = kept_slices({name: value.shape for name, value in values.items()}, sites, decision, None)
+    kept = kept_slices({name: value.shape for name, value in values.items()}, prunables, decision, None)
     return _filled(made, {name: narrowed(value, kept.get(name, {})) for name, value in values.items()})

@@ -77,7 +77,7 @@ def residual_of(model: PreTrainedModel, pieces: Pieces) -> Residual:
 def _read_residual(probes: Probes) -> Residual:
     model, pieces = probes.model, probes.pieces
     for name, entry in reshaping(model.config)[1].items():
-        if entry["form"] == RotatedBlock.form:
+        if entry["form"] == RotatedBlock.format_name:
             raise ModelError(
                 "this block of a sliced model has its own rotation matrices already",
                 where=name,
@@ -151,7 +151,7 @@ def find_residual(probe: PreTrainedModel, path: str) -> Residual:
                 {prefix + name: parameter for name, parameter in block.named_parameters()},
                 hidden,
             )
-            kinds[kind] = index, _find_sites(runner, f"{path}.{index}")
+            kinds[kind] = index, _find_sublayers(runner, f"{path}.{index}")
         embeddings = _find_embeddings(lambda: pieces.embeddings(batch)[0], modules, outside, hidden.shape[-1])
         end = _find_end(_Runner(partial(pieces.output_head, batch), modules, outside, hidden), probe)
     residual = Residual(
@@ -174,8 +174,8 @@ def _every_block(
     """The sublayers of each block, copied from the first block of its kind."""
     found = []
     for index, block in enumerate(blocks):
-        first, sites = kinds[signature(config, block, index)]
-        found.append(tuple(renamed(site, f"{path}.{first}.", f"{path}.{index}.") for site in sites))
+        first, sublayers = kinds[signature(config, block, index)]
+        found.append(tuple(renamed(sublayer, f"{path}.{first}.", f"{path}.{index}.") for sublayer in sublayers))
     return tuple(found)
 
 
@@ -264,7 +264,7 @@ def _find_embeddings(
     return tuple(writes)
 
 
-def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
+def _find_sublayers(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
     """The sublayers of one block in forward order."""
     on_stream = _norms_on_stream(runner, where)
     held = {name: runner.planes[name] for name in on_stream}
@@ -285,7 +285,7 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
         else:
             groups.append([name])
     writes = _find_writes(runner, held, [group[0] for group in groups])
-    sites = []
+    sublayers = []
     for group, written in zip(groups, writes):
         norms = tuple(_find_norm(runner, name, held) for name in group)
         if not written:
@@ -295,8 +295,8 @@ def _find_sites(runner: _Runner, where: str) -> tuple[ResidualSublayer, ...]:
                 hint=HINT,
                 data={"reason": "scaled-branches"},
             )
-        sites.append(ResidualSublayer(norms, written))
-    return tuple(sites)
+        sublayers.append(ResidualSublayer(norms, written))
+    return tuple(sublayers)
 
 
 def _norms_on_stream(runner: _Runner, where: str) -> list[str]:

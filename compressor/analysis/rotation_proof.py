@@ -55,7 +55,7 @@ def prove_invariance(probe: PreTrainedModel, path: str, residual: Residual) -> N
                 "rotating the residual stream changes its output: a layer that reads or writes it was not found",
                 where=f"{path}.{index - 1}" if index else "embeddings",
                 hint=HINT,
-                data={"reason": "does-not-turn"},
+                data={"reason": "does-not-rotate"},
             )
     if size(rotated_logits - logits) > TOLERANCE * size(logits):
         raise ModelError(

@@ -49,8 +49,8 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
         hidden = whole
     with ExitStack() as stack:
         for number, block in enumerate(pieces.blocks):
-            spec = facts.gate(number, [0.5] * number, PROOF)
-            stack.enter_context(TokenGate.wrapped(block, spec))
+            format_params = facts.gate(number, [0.5] * number, PROOF)
+            stack.enter_context(TokenGate.wrapped(block, format_params))
         try:
             output = output_of(probe(**batch))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:

@@ -40,7 +40,7 @@ TOKENS = 13  # length of the probe model's text
 UNKNOWN = ("softcap", "position_bias", "s_aux", "sliding_window")  # arguments of attention that a gate can't compute
 
 
-def find_token_sites(structure: Structure) -> TokenFacts:
+def find_token_gates(structure: Structure) -> TokenFacts:
     """The facts of a model that pruning tokens needs.
 
     raises  ModelError naming the block, or the model, and the reason

@@ -131,7 +131,7 @@ class Prints:
         """A streamed model is printed while it runs: its parts must be in memory for both."""
         prints = cls(model, unchanged(manifest))
         if (streamed := streamed_of(model)) is not None:
-            streamed.placed.append(prints._add_unit)
+            streamed.placed.append(prints._add_part)
         return prints
 
     def all(self) -> dict[str, Print]:
@@ -144,27 +144,27 @@ class Prints:
                 known[id(value)] = _print(value)
             self.found[name] = known[id(value)]
         if (streamed := streamed_of(self.model)) is not None:
-            for unit in streamed.units:  # those that did not run
-                if any(self._lacks(name) for name in streamed.units[unit]):
-                    with streamed.holding(unit):
+            for part in streamed.parts:  # those that did not run
+                if any(self._lacks(name) for name in streamed.parts[part]):
+                    with streamed.holding(part):
                         pass
         return self.found
 
     def _lacks(self, name: str) -> bool:
         return self.is_unchanged(name) and name not in self.found
 
-    def _add_unit(self, unit: str) -> None:
+    def _add_part(self, part: str) -> None:
         streamed = streamed_of(self.model)
         assert streamed is not None
-        for name in filter(self._lacks, streamed.units.get(unit, ())):
+        for name in filter(self._lacks, streamed.parts.get(part, ())):
             self.found[name] = _print(_value(self.model, name))
 
 
 def unchanged(manifest: Manifest) -> Callable[[str], bool]:
     """Whether a tensor of the model, by its name, is one that no step changed."""
-    forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
-    changed = _stored_parameters(forms) | _rewritten(manifest).keys()
-    functions = tuple(_module(form.weight) + "." for form in forms if form.weight.is_function)
+    formats = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
+    changed = _stored_parameters(formats) | _rewritten(manifest).keys()
+    functions = tuple(_module(stored.weight) + "." for stored in formats if stored.weight.is_function)
     return lambda name: name not in changed and not name.startswith(functions)
 
 
@@ -203,21 +203,21 @@ def compare_tensors(
     returns the numbers of compared tensors with the largest difference from a recorded error; the problems
     """
     _, errors = read_changes(manifest)
-    forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
-    stored, rewritten = _stored_parameters(forms), _rewritten(manifest)
+    formats = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
+    stored, rewritten = _stored_parameters(formats), _rewritten(manifest)
     equal, problems = _compare_dense(source, unchanged(manifest), prints)
     problems += _compare_rewritten(source, own, rewritten)
-    problems += _tie_problems(source, forms, stored, ties)
-    largest, found = _compare_stored(source, own, forms, errors, rewritten, dtype)
+    problems += _tie_problems(source, formats, stored, ties)
+    largest, found = _compare_stored(source, own, formats, errors, rewritten, dtype)
     problems += found
-    return TensorComparison(equal, len(forms), largest), problems
+    return TensorComparison(equal, len(formats), largest), problems
 
 
-def _stored_parameters(forms: Sequence[StoredWeight]) -> set[str]:
+def _stored_parameters(formats: Sequence[StoredWeight]) -> set[str]:
     """Parameters that were replaced by stored weights, or by biases in them."""
-    matrices = [form for form in forms if not form.weight.is_function]
-    biases = {_module(form.weight) + ".bias" for form in matrices if form.bias is not None}
-    return {form.weight.parameter for form in matrices} | biases
+    matrices = [stored for stored in formats if not stored.weight.is_function]
+    biases = {_module(stored.weight) + ".bias" for stored in matrices if stored.bias is not None}
+    return {stored.weight.parameter for stored in matrices} | biases
 
 
 def _compare_dense(source: Any, is_unchanged: Callable[[str], bool], prints: dict[str, Print]) -> tuple[int, list[str]]:
@@ -258,10 +258,14 @@ def _compare_rewritten(source: Any, own: Any, rewritten: dict[str, float]) -> li
     return problems
 
 
-def _tie_problems(source: Any, forms: Sequence[StoredWeight], stored: set[str], ties: set[frozenset[str]]) -> list[str]:
+def _tie_problems(
+    source: Any, formats: Sequence[StoredWeight], stored: set[str], ties: set[frozenset[str]]
+) -> list[str]:
     """Parameters that share one tensor in only one of the two models."""
     problems = []
-    own_modules = tuple(f"{_module(form.weight)}." for form in forms)  # an untied output head has its own bias, too
+    own_modules = tuple(
+        f"{_module(stored_weight.weight)}." for stored_weight in formats
+    )  # an untied output head has its own bias, too
     for group in sorted(map(sorted, ties_of(source))):
         is_parted = any(name in stored or name.startswith(own_modules) for name in group)
         if not is_parted and frozenset(group) not in ties:
@@ -275,7 +279,7 @@ def _tie_problems(source: Any, forms: Sequence[StoredWeight], stored: set[str], 
 def _compare_stored(
     source: Any,
     own: Any,
-    forms: Sequence[StoredWeight],
+    formats: Sequence[StoredWeight],
     errors: dict[str, float | None],
     rewritten: Collection[str],
     dtype: torch.dtype,
@@ -286,7 +290,7 @@ def _compare_stored(
     """
     problems: list[str] = []
     largest = 0.0
-    for parameter, weights in _by_parameter((own, source), forms):
+    for parameter, weights in _by_parameter((own, source), formats):
         with _held(source, parameter) as whole:
             for weight in weights:
                 error, recorded = _distance(own, weight, part_of(whole, weight), dtype), errors.get(weight.name)
@@ -298,28 +302,28 @@ def _compare_stored(
     return largest, problems
 
 
-def _by_parameter(models: Sequence[Any], forms: Sequence[StoredWeight]) -> Iterator[tuple[str, list[Weight]]]:
+def _by_parameter(models: Sequence[Any], formats: Sequence[StoredWeight]) -> Iterator[tuple[str, list[Weight]]]:
     """The stored weights of each parameter, whose block is in memory meanwhile in models that are streamed."""
-    parts = [streamed for model in models if (streamed := streamed_of(model)) is not None]
-    units: dict[str, dict[str, list[Weight]]] = {}
-    for weight in (form.weight for form in forms if not form.weight.is_function):
-        unit = parts[0].unit_of(weight.parameter) if parts else ""
-        units.setdefault(unit, {}).setdefault(weight.parameter, []).append(weight)
-    for unit, parameters in units.items():
+    streamed_models = [streamed for model in models if (streamed := streamed_of(model)) is not None]
+    parts: dict[str, dict[str, list[Weight]]] = {}
+    for weight in (stored.weight for stored in formats if not stored.weight.is_function):
+        part = streamed_models[0].part_of_name(weight.parameter) if streamed_models else ""
+        parts.setdefault(part, {}).setdefault(weight.parameter, []).append(weight)
+    for part, parameters in parts.items():
         with ExitStack() as stack:
-            for streamed in parts:
-                stack.enter_context(streamed.holding(unit))
+            for streamed in streamed_models:
+                stack.enter_context(streamed.holding(part))
             yield from parameters.items()
 
 
 def _error_problems(weight: Weight, error: float, recorded: float | None) -> list[str]:
     if recorded is None:
         is_near = error < 1  # 1 is the error of a zero weight; NaN fails too
-        told = f"is not an approximation of the source's weight (relative error {error:.3g})"
+        message = f"is not an approximation of the source's weight (relative error {error:.3g})"
     else:
         is_near = _is_as_recorded(error, recorded)
-        told = f"has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
-    return [] if is_near else [f"{weight.name} {told}"]
+        message = f"has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
+    return [] if is_near else [f"{weight.name} {message}"]
 
 
 def _is_as_recorded(error: float, recorded: float) -> bool:
@@ -348,21 +352,21 @@ def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
         owner, _, leaf = name.rpartition(".")
         _fetch(source.get_submodule(owner))
         getattr(source.get_submodule(owner), leaf).data.copy_(own.get_parameter(name))
-    forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
-    for kind in sorted({form.form for form in forms}):
+    formats = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
+    for kind in sorted({stored.format_name for stored in formats}):
         find_layer(kind).prepare(source)
-    for path in sorted({f.weight.parameter.rpartition(".")[0] for f in forms if f.weight.expert is not None}):
+    for path in sorted({f.weight.parameter.rpartition(".")[0] for f in formats if f.weight.expert is not None}):
         _fetch(source.get_submodule(path))
-    for form in forms:
-        owner, _, leaf = _module(form.weight).rpartition(".")
-        if form.weight.expert is not None:
-            part_of(source.get_parameter(form.weight.parameter).data, form.weight).copy_(
-                part_of(own.get_parameter(form.weight.parameter), form.weight)
+    for stored in formats:
+        owner, _, leaf = _module(stored.weight).rpartition(".")
+        if stored.weight.expert is not None:
+            part_of(source.get_parameter(stored.weight.parameter).data, stored.weight).copy_(
+                part_of(own.get_parameter(stored.weight.parameter), stored.weight)
             )
             continue
-        layer, parent = own.get_submodule(_module(form.weight)), source.get_submodule(owner)
+        layer, parent = own.get_submodule(_module(stored.weight)), source.get_submodule(owner)
         before = getattr(parent, leaf, None)
-        if form.bias is None:
+        if stored.bias is None:
             if before is not None and getattr(before, "bias", None) is not None:
                 with align_module_device(before):
                     layer.bias = torch.nn.Parameter(before.bias.detach().clone(), requires_grad=False)
@@ -377,18 +381,18 @@ def _lend_layers(source: Any, own: Any, manifest: Manifest) -> None:
     assert streamed is not None
     for name, _ in own.get_submodule(streamed.blocks_path).named_children():
         _hold_while_running(source, streamed, f"{streamed.blocks_path}.{name}")
-    forms = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
-    for kind in sorted({form.form for form in forms}):
+    formats = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
+    for kind in sorted({stored.format_name for stored in formats}):
         find_layer(kind).prepare(source)
-    experts = {form.weight.parameter for form in forms if form.weight.expert is not None}
+    experts = {stored.weight.parameter for stored in formats if stored.weight.expert is not None}
     for path in sorted({name.rpartition(".")[0] for name in (*_rewritten(manifest), *experts)}):
         _lend_parameters(source.get_submodule(path), own, path)
-    for form in forms:
-        if form.weight.expert is None:
-            owner, _, leaf = _module(form.weight).rpartition(".")
-            setattr(source.get_submodule(owner), leaf, _Lent(own, _module(form.weight)))
+    for stored in formats:
+        if stored.weight.expert is None:
+            owner, _, leaf = _module(stored.weight).rpartition(".")
+            setattr(source.get_submodule(owner), leaf, _Lent(own, _module(stored.weight)))
     if (filled := streamed_of(source)) is not None:
-        modules = [_module(form.weight) for form in forms if form.weight.expert is None]
+        modules = [_module(stored.weight) for stored in formats if stored.weight.expert is None]
         filled.leave_out({*experts, *_rewritten(manifest)}, modules)
 
 
@@ -490,8 +494,8 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 def _each_held(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a model, loaded if they aren't in memory. A block is loaded once for all of its own."""
     streamed = streamed_of(model)
-    for unit, members in groupby(names, lambda name: "" if streamed is None else streamed.unit_of(name)):
-        with nullcontext() if streamed is None else streamed.holding(unit):
+    for part, members in groupby(names, lambda name: "" if streamed is None else streamed.part_of_name(name)):
+        with nullcontext() if streamed is None else streamed.holding(part):
             for name in members:
                 with _held(model, name) as value:
                     yield name, value
@@ -510,7 +514,7 @@ def _held(model: Any, name: str) -> Iterator[Tensor]:
 def _present(model: Any, name: str) -> Iterator[None]:
     """Inside this context the part of a streamed model that has this parameter or module is in memory."""
     streamed = streamed_of(model)
-    with nullcontext() if streamed is None else streamed.holding(streamed.unit_of(name)):
+    with nullcontext() if streamed is None else streamed.holding(streamed.part_of_name(name)):
         yield
 
 

@@ -11,7 +11,7 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.modeling_file import custom_type, find_backbone
-from compressor.artifact.stock_formats import FAMILIES, described_by, module_of, sorted_spec
+from compressor.artifact.stock_formats import FAMILIES, described_by, module_of, sorted_params
 from compressor.errors import PreflightError
 from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, reshaping, stock_class
 from compressor.model.stored_weight import StoredWeight
@@ -20,7 +20,7 @@ from compressor.model.stored_weight import StoredWeight
 def artifact_config(
     source: dict[str, Any],
     export_format: ExportFormat,
-    forms: Sequence[StoredWeight],
+    formats: Sequence[StoredWeight],
     model: PreTrainedModel,
     dtype: str,
     untied: bool,
@@ -32,7 +32,7 @@ def artifact_config(
     if untied:
         config["tie_word_embeddings"] = False
     if export_format.name in FAMILIES:
-        config["quantization_config"] = FAMILIES[export_format.name].config(described_by(forms), model)
+        config["quantization_config"] = FAMILIES[export_format.name].config(described_by(formats), model)
         if export_format.dequantize:
             config["quantization_config"]["dequantize"] = True
     elif export_format.name == "custom":
@@ -41,19 +41,19 @@ def artifact_config(
         config["architectures"] = [f"Compressed{type(model).__name__}"]
         if is_reshaped(config):
             config[SHAPES], config[MODULES] = reshaping(config)
-        config["compressed_weights"] = dict(_custom_entry(form) for form in forms)
+        config["compressed_weights"] = dict(_custom_entry(format_name) for format_name in formats)
         config["auto_map"] = custom_auto_map(kind, model) | config.get("auto_map", {})
     return config
 
 
-def _custom_entry(form: StoredWeight) -> tuple[str, dict[str, Any]]:
+def _custom_entry(stored: StoredWeight) -> tuple[str, dict[str, Any]]:
     """The path of a stored layer in a custom artifact's model, and what the model needs to make it."""
-    weight = form.weight
-    entry = {"form": form.form, "spec": sorted_spec(form), "shape": list(weight.shape)}
+    weight = stored.weight
+    entry = {"form": stored.format_name, "spec": sorted_params(stored), "shape": list(weight.shape)}
     if weight.expert is None:
-        return module_of(form), entry
+        return module_of(stored), entry
     assert weight.rows is not None
-    owner, _, leaf = module_of(form).rpartition(".")
+    owner, _, leaf = module_of(stored).rpartition(".")
     is_module = weight.parameter.endswith(".weight")  # of all experts of this kind; else its owner has several kinds
     last = weight.name.rpartition(".")[2]
     path = f"{owner}.{leaf}.{weight.expert}" if is_module else f"{owner}.{weight.expert}.{last}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from compressor.artifact.stock_formats import FAMILIES, described_by, sorted_spec, stocks_of
+from compressor.artifact.stock_formats import FAMILIES, described_by, sorted_params, stocks_of
 from compressor.errors import Because, PreflightError, values_of
 from compressor.layers import find_layer
 from compressor.layers.base import Stock
@@ -40,14 +40,14 @@ class ExportFormat:
 
 
 def choose_export_format(
-    forms: Sequence[StoredWeight], asked: str, stock_only: bool, model: PreTrainedModel
+    formats: Sequence[StoredWeight], asked: str, stock_only: bool, model: PreTrainedModel
 ) -> ExportFormat:
     """The export format. raises PreflightError if none holds every weight, or stock_only forbids the one that does"""
     shaped = is_reshaped(model.config)
-    if not forms and not shaped:
+    if not formats and not shaped:
         return ExportFormat("dense", "no weight changed its format")
-    _check_experts(forms)
-    family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(forms, model)
+    _check_experts(formats)
+    family, foreign = (None, [_why_reshaped(model)]) if shaped else _stock_family(formats, model)
     if family is not None and asked in ("auto", family):
         return ExportFormat(family, f"every weight fits {family}; plain transformers loads it")
     if stock_only and asked == "custom":
@@ -61,37 +61,37 @@ def choose_export_format(
     at = foreign[0][0] if foreign else None
     if stock_only or asked not in ("auto", "custom"):
         raise _no_stock_loader(reason, because, None if shaped else len(foreign), at)
-    if lost := _not_in_modeling_file(forms, shaped, model):
+    if lost := _not_in_modeling_file(formats, shaped, model):
         raise _no_custom_experts(reason, because, lost, at, shaped)
     return ExportFormat("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
 
 
-def _not_in_modeling_file(forms: Sequence[StoredWeight], shaped: bool, model: PreTrainedModel) -> Weight | None:
+def _not_in_modeling_file(formats: Sequence[StoredWeight], shaped: bool, model: PreTrainedModel) -> Weight | None:
     """An expert that a modeling file can't hold; None if there is none.
 
     It holds experts that one tensor of the source contains, if all of them are stored and the model isn't reshaped.
     """
     stored: Counter[str] = Counter()  # parameter of all experts -> its elements that are stored
-    experts = [form.weight for form in forms if form.weight.expert is not None]
+    experts = [stored_weight.weight for stored_weight in formats if stored_weight.weight.expert is not None]
     for weight in experts:
         stored[weight.parameter] += math.prod(weight.shape)
     whole = {name for name, count in stored.items() if count == model.get_parameter(name).numel()}
     return next((w for w in experts if shaped or not w.is_slice or w.parameter not in whole), None)
 
 
-def _check_experts(forms: Sequence[StoredWeight]) -> None:
+def _check_experts(formats: Sequence[StoredWeight]) -> None:
     """raises PreflightError for a format that experts can't have, or for several formats"""
-    experts = [form for form in forms if form.weight.expert is not None]
-    names = {form.form: form.weight.name for form in experts}
+    experts = [stored for stored in formats if stored.weight.expert is not None]
+    names = {stored.format_name: stored.weight.name for stored in experts}
     for kind, name in names.items():
         if not find_layer(kind).weight_only:
             raise PreflightError(
                 f"{kind} also changes the layer's inputs, but an expert is a slice of a larger tensor and not a layer",
                 where=name,
                 hint='Set except: ["@experts"] for this step, or use a weight-only pass such as gptq or rtn.',
-                data={"reason": "expert-form", "form": kind},
+                data={"reason": "expert-format", "format_name": kind},
             )
-    if len({str(sorted_spec(form)) for form in experts}) > 1:
+    if len({str(sorted_params(stored)) for stored in experts}) > 1:
         raise PreflightError(
             "the experts have more than one quantization format",
             where="steps",
@@ -130,7 +130,7 @@ def _no_custom_experts(
 def next_export_format(
     export_format: ExportFormat,
     why: str,
-    forms: Sequence[StoredWeight],
+    formats: Sequence[StoredWeight],
     asked: str,
     stock_only: bool,
     model: PreTrainedModel,
@@ -140,11 +140,11 @@ def next_export_format(
     why     the error of the loader, as the end of a sentence
     raises  PreflightError when no format is left
     """
-    schemes = {str(settings) for _, settings in described_by(forms)}
+    schemes = {str(settings) for _, settings in described_by(formats)}
     if export_format.name == "compressed-tensors" and not export_format.dequantize and len(schemes) == 1:
         reason = f"{export_format.reason}, with dequantize: true, since otherwise {why}"
         return ExportFormat(export_format.name, reason, dequantize=True)
-    can_be_custom = _not_in_modeling_file(forms, False, model) is None
+    can_be_custom = _not_in_modeling_file(formats, False, model) is None
     if export_format.name in FAMILIES and asked == "auto" and not stock_only and can_be_custom:
         reason = f"plain transformers can't load {export_format.name} into this class: {why}"
         return ExportFormat("custom", f"{reason}; a modeling file is bundled, load with trust_remote_code=True")
@@ -160,27 +160,33 @@ def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
     """A change of the model that its stock class can't represent, and why."""
     shapes, modules = reshaping(model.config)
     name = next(iter(modules or shapes))
-    told = {"removed": "replaces a removed part of the model", "resized": "has changed attributes"}
-    form = modules[name]["form"] if modules else None
-    what = told.get(form, f"is a {form}") if form else f"has shape {shapes[name]}" if shapes[name] else "is removed"
+    reported = {"removed": "replaces a removed part of the model", "resized": "has changed attributes"}
+    format_name = modules[name]["form"] if modules else None
+    what = (
+        reported.get(format_name, f"is a {format_name}")
+        if format_name
+        else f"has shape {shapes[name]}"
+        if shapes[name]
+        else "is removed"
+    )
     cls = type(model).__name__
     why = f"{what}, which {cls} of stock transformers doesn't have"
-    return name, Because(why, reason="reshaped", form=form, shape=shapes.get(name), model=cls)
+    return name, Because(why, reason="reshaped", format_name=format_name, shape=shapes.get(name), model=cls)
 
 
 def _stock_family(
-    forms: Sequence[StoredWeight], model: PreTrainedModel
+    formats: Sequence[StoredWeight], model: PreTrainedModel
 ) -> tuple[str | None, list[tuple[str, Because]]]:
     """The family that reads every weight, or None and (weight name, why) for weights that no common family reads."""
-    stocks = stocks_of(forms)
-    foreign = [(form.weight.name, stock) for form, stock in stocks if isinstance(stock, Because)]
+    stocks = stocks_of(formats)
+    foreign = [(stored.weight.name, stock) for stored, stock in stocks if isinstance(stock, Because)]
     if foreign:
         return None, foreign
-    families = [(form, stock.family) for form, stock in stocks if isinstance(stock, Stock)]
+    families = [(stored, stock.family) for stored, stock in stocks if isinstance(stock, Stock)]
     first = families[0][1]
     foreign = [
         (
-            form.weight.name,
+            stored.weight.name,
             Because(
                 f"is stored for {family} and others for {first}, but a checkpoint has only one loader",
                 reason="two-loaders",
@@ -188,9 +194,9 @@ def _stock_family(
                 others=first,
             ),
         )
-        for form, family in families
+        for stored, family in families
         if family != first
     ]
-    if foreign or (foreign := FAMILIES[first].refuses(described_by(forms), model)):
+    if foreign or (foreign := FAMILIES[first].refuses(described_by(formats), model)):
         return None, foreign
     return first, []

@@ -53,10 +53,10 @@ def compare_files(directory: Path, manifest: Manifest) -> tuple[list[str], list[
     problems: list[str] = []
     notes: list[str] = []
     for name, facts in manifest["files"].items():
-        told = problems if matters(name) else notes
+        found = problems if matters(name) else notes
         path = directory / name
         if not path.is_symlink() and not path.exists():
-            told.append(f"{name} is missing")
+            found.append(f"{name} is missing")
             continue
         try:
             regular_file(directory, path)
@@ -64,7 +64,7 @@ def compare_files(directory: Path, manifest: Manifest) -> tuple[list[str], list[
             problems.append(str(error))
             continue
         if path.stat().st_size != facts["bytes"] or file_sha256(path) != facts["sha256"]:
-            told.append(f"{name} was changed after it was written (its hash differs)")
+            found.append(f"{name} was changed after it was written (its hash differs)")
     try:
         present = [path for path in entries(directory) if path.is_symlink() or not path.is_dir()]
     except ModelError as error:

@@ -24,9 +24,9 @@ def inspect_path(path: str, trust_remote_code: bool = False) -> Overview:
 
 def _inspect_artifact(directory: Path) -> Overview:
     manifest, checkpoint = read_manifest(directory), open_checkpoint(directory)
-    forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
+    formats = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
-    found = structure_of(dense_view(checkpoint, forms, model, model.dtype), type(model), model.config).overview()
+    found = structure_of(dense_view(checkpoint, formats, model, model.dtype), type(model), model.config).overview()
     owners = {weight.name: part.name for part in found.parts for group in part.groups for weight in group}
     sizes = dict.fromkeys((part.name for part in found.parts), 0)
     for name, info in checkpoint.tensors.items():
@@ -37,19 +37,23 @@ def _inspect_artifact(directory: Path) -> Overview:
             numbers = [p for p in part if p.isdigit()]
             owner = f"block {numbers[0]}" if numbers and blocks[-1] in part else "embeddings"
         sizes[owner] += info.nbytes
-    parts = tuple(replace(part, bytes=sizes[part.name], groups=_as_stored(part, forms)) for part in found.parts)
+    parts = tuple(replace(part, bytes=sizes[part.name], groups=_as_stored(part, formats)) for part in found.parts)
     return replace(found, parts=parts)
 
 
-def _as_stored(part: PartOverview, forms: dict[str, StoredWeight]) -> tuple[tuple[WeightView, ...], ...]:
+def _as_stored(part: PartOverview, formats: dict[str, StoredWeight]) -> tuple[tuple[WeightView, ...], ...]:
     """The weight groups of a part, each weight with its quantization format."""
     return tuple(
-        tuple(replace(weight, form=_described(forms.get(weight.name), weight.form)) for weight in group)
+        tuple(replace(weight, format_name=_described(formats.get(weight.name), weight.format_name)) for weight in group)
         for group in part.groups
     )
 
 
-def _described(form: StoredWeight | None, otherwise: str) -> str:
-    if form is None:
+def _described(stored: StoredWeight | None, otherwise: str) -> str:
+    if stored is None:
         return otherwise
-    return f"{form.form} {form.spec['bits']} bits" if "bits" in form.spec else form.form
+    return (
+        f"{stored.format_name} {stored.format_params['bits']} bits"
+        if "bits" in stored.format_params
+        else stored.format_name
+    )

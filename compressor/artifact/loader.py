@@ -60,7 +60,7 @@ def load(
     if check_hashes:
         _check_hashes(directory, manifest)
     checkpoint = open_checkpoint(directory)
-    with told_of(directory.name):
+    with naming(directory.name):
         model = _filled_model(checkpoint, manifest)
     model = model.to(torch.device(device))  # type: ignore[arg-type]
     if kernels != "reference":
@@ -82,7 +82,7 @@ class Unfilled:
     """The empty model of an artifact, and the values of its parameters and layers. They are read when asked for.
 
     model      on the meta device
-    forms      weight name -> how it is stored
+    formats    weight name -> how it is stored
     dtype      dtype of dequantized weights
     modules    module that a layer replaces -> name of its weight. Experts are not modules
     matrix_of  gives the dequantized matrix (out_features, in_features) of a stored weight
@@ -93,30 +93,34 @@ class Unfilled:
         beside = manifest.get("carried", {})  # tensors that this model doesn't use
         own = {name: info for name, info in checkpoint.tensors.items() if name not in beside}
         self.checkpoint = replace(checkpoint, tensors=own)
-        self.forms = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
+        self.formats = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
         self.dtype = _dtype(checkpoint)
         self.model = empty_model(self.checkpoint, manifest)
-        self.bindings = bind(self.model, dense_view(self.checkpoint, self.forms, self.model, self.dtype), self.dtype)
-        _check_places(self.forms, self.bindings)
-        _check_slices(self.forms, self.model)
-        for form in sorted({form.form for form in self.forms.values()}):
-            find_layer(form).prepare(self.model)
+        self.bindings = bind(self.model, dense_view(self.checkpoint, self.formats, self.model, self.dtype), self.dtype)
+        _check_places(self.formats, self.bindings)
+        _check_slices(self.formats, self.model)
+        for stored_weight in sorted({stored_weight.format_name for stored_weight in self.formats.values()}):
+            find_layer(stored_weight).prepare(self.model)
         self.matrix_of: Callable[[StoredWeight], Tensor] = self._own_matrix
         self.mapped: MappedTensors | None = None
         self.modules = {
-            form.weight.parameter.removesuffix(".weight"): name
-            for name, form in self.forms.items()
-            if form.weight.expert is None
+            stored_weight.weight.parameter.removesuffix(".weight"): name
+            for name, stored_weight in self.formats.items()
+            if stored_weight.weight.expert is None
         }
         self._slices: dict[str, list[StoredWeight]] = {}  # tensor of all experts -> the stored experts in it
-        for stored in self.forms.values():
+        for stored in self.formats.values():
             if stored.weight.is_slice:
                 self._slices.setdefault(stored.weight.tensor, []).append(stored)
-        self._bias_holders = {form.bias: form for form in self.forms.values() if form.bias is not None}
+        self._bias_holders = {
+            stored_weight.bias: stored_weight
+            for stored_weight in self.formats.values()
+            if stored_weight.bias is not None
+        }
 
     def layer(self, name: str) -> Any:
         """The layer of a stored weight, without its bias."""
-        return _read_layer(self.checkpoint, self.forms[name])
+        return _read_layer(self.checkpoint, self.formats[name])
 
     def value(self, name: str) -> Tensor:
         """The value of a parameter or buffer, dequantized if layers store it; of a tied one that of its origin."""
@@ -125,10 +129,10 @@ class Unfilled:
     def place(self, module: str) -> Any:
         """Replace a module by its layer. Returns what was there before, or None."""
         name = self.modules[module]
-        return _place_layer(self.model, module, self.forms[name], self.layer(name), self.dtype)
+        return _place_layer(self.model, module, self.formats[name], self.layer(name), self.dtype)
 
-    def _own_matrix(self, form: StoredWeight) -> Tensor:
-        return self.layer(form.weight.name).matrix(self.dtype)
+    def _own_matrix(self, stored: StoredWeight) -> Tensor:
+        return self.layer(stored.weight.name).matrix(self.dtype)
 
     def _read(self, tensor: str) -> Tensor:
         """A tensor under its dense name, dequantized if a layer stores it."""
@@ -138,11 +142,11 @@ class Unfilled:
         if tensor in self._slices:
             parameter = self.model.get_parameter(self._slices[tensor][0].weight.parameter)
             return fill_experts(torch.empty(parameter.shape, dtype=self.dtype), self._read_experts(tensor))
-        form = self.forms.get(tensor.removesuffix(".weight"))
-        if form is None:
+        stored = self.formats.get(tensor.removesuffix(".weight"))
+        if stored is None:
             return self.checkpoint.read(tensor)
-        matrix = self.matrix_of(form)
-        return matrix.t() if form.weight.transposed else matrix
+        matrix = self.matrix_of(stored)
+        return matrix.t() if stored.weight.transposed else matrix
 
     def _read_experts(self, tensor: str) -> Iterator[Tensor]:
         """The matrices in a tensor of all experts, of which all are stored or none, as `_check_slices` knows."""
@@ -176,24 +180,24 @@ def is_replaced(name: str, modules: Collection[str]) -> bool:
 
 
 def _place_layer(
-    model: transformers.PreTrainedModel, module: str, form: StoredWeight, layer: Any, dtype: torch.dtype
+    model: transformers.PreTrainedModel, module: str, stored: StoredWeight, layer: Any, dtype: torch.dtype
 ) -> Any:
     """Replace the weight's module by a layer. If the layer has no bias, it gets the module's bias.
 
     returns  the module, or the parameter of a shortcut; None if there was none
     """
     owner, _, leaf = module.rpartition(".")
-    if not (form.weight.is_function or form.weight.role == "shortcut"):
+    if not (stored.weight.is_function or stored.weight.role == "shortcut"):
         model.get_submodule(module)  # a matrix replaces a module; that of a shortcut replaces a parameter
     before = getattr(model.get_submodule(owner), leaf, None)
-    if form.bias is None:
+    if stored.bias is None:
         layer.bias = getattr(before, "bias", None)
     layer.dtype = dtype
     setattr(model.get_submodule(owner), leaf, layer)
     return before
 
 
-def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
+def _check_places(formats: dict[str, StoredWeight], bindings: Bindings) -> None:
     """Check that each stored matrix fills the parameter that transformers fills with its tensor, and nothing else.
 
     raises ArtifactError for a weight whose manifest entry names another parameter, or another slice of it
@@ -203,8 +207,8 @@ def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
         for name, sources in bindings.sources.items()
         for source in sources
     }
-    for name, form in forms.items():
-        weight = form.weight
+    for name, stored in formats.items():
+        weight = stored.weight
         if weight.is_function or weight.role == "shortcut":
             continue
         filled, expert, rows = placed.get(weight.tensor, (None, None, None))
@@ -220,15 +224,15 @@ def _check_places(forms: dict[str, StoredWeight], bindings: Bindings) -> None:
             )
 
 
-def _check_slices(forms: dict[str, StoredWeight], model: transformers.PreTrainedModel) -> None:
+def _check_slices(formats: dict[str, StoredWeight], model: transformers.PreTrainedModel) -> None:
     """Check that the weights of each tensor of all experts fill its parameter, every row once.
 
     raises ArtifactError naming the tensor
     """
     tensors: dict[str, list[Weight]] = {}
-    for form in forms.values():
-        if form.weight.is_slice:
-            tensors.setdefault(form.weight.tensor, []).append(form.weight)
+    for stored in formats.values():
+        if stored.weight.is_slice:
+            tensors.setdefault(stored.weight.tensor, []).append(stored.weight)
     for tensor, weights in tensors.items():
         parameter = model.get_parameter(weights[0].parameter)
         is_whole = parameter.dim() == 3 and len({(weight.parameter, weight.transposed) for weight in weights}) == 1
@@ -266,7 +270,7 @@ def empty_model(checkpoint: Checkpoint, manifest: Loadable) -> transformers.PreT
     cls: Any = model_class(manifest["architecture"], MANIFEST)
     check_kernels(checkpoint.config)
     left_out = ("quantization_config", "auto_map", "model_type", "compressed_weights")
-    with told_of("config.json", holds_values=False):
+    with naming("config.json", holds_values=False):
         # as transformers reads config.json, where infinite numbers may be written as {"__float__": "Infinity"}
         read, _ = cls.config_class.get_config_dict(checkpoint.directory, local_files_only=True)
         values = {key: value for key, value in read.items() if key not in left_out}
@@ -279,7 +283,7 @@ def empty_model(checkpoint: Checkpoint, manifest: Loadable) -> transformers.PreT
 
 
 @contextmanager
-def told_of(where: str, *, holds_values: bool = True) -> Iterator[None]:
+def naming(where: str, *, holds_values: bool = True) -> Iterator[None]:
     """Turn any error of a class that is built from an artifact's config into an error that names the place.
 
     holds_values  the built model takes memory; if it is empty, running out of memory means that the sizes are absurd
@@ -312,29 +316,29 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return dtype
 
 
-def _read_layer(checkpoint: Checkpoint, form: StoredWeight) -> Any:
-    tensors = stored_tensors(checkpoint, form)
-    with told_of(form.weight.name):
-        return find_layer(form.form).from_tensors(form.spec, tensors)
+def _read_layer(checkpoint: Checkpoint, stored: StoredWeight) -> Any:
+    tensors = stored_tensors(checkpoint, stored)
+    with naming(stored.weight.name):
+        return find_layer(stored.format_name).from_tensors(stored.format_params, tensors)
 
 
-def stored_tensors(checkpoint: Checkpoint, form: StoredWeight) -> dict[str, Tensor]:
+def stored_tensors(checkpoint: Checkpoint, stored: StoredWeight) -> dict[str, Tensor]:
     """The tensors of a stored weight, by suffix."""
-    prefix = form.weight.name + "."
-    return {name.removeprefix(prefix): checkpoint.read(name) for name in _stored_names(checkpoint, form)}
+    prefix = stored.weight.name + "."
+    return {name.removeprefix(prefix): checkpoint.read(name) for name in _stored_names(checkpoint, stored)}
 
 
-def _stored_names(checkpoint: Checkpoint, form: StoredWeight) -> list[str]:
+def _stored_names(checkpoint: Checkpoint, stored: StoredWeight) -> list[str]:
     """Tensors of a weight in its format, without a dense bias beside it, which may have been tied before."""
-    prefix = form.weight.name + "."
-    has_dense_bias = not (form.weight.is_function or find_layer(form.form).holds_bias(form.spec))
-    dense = {form.weight.bias, f"{prefix}bias" if has_dense_bias else None}
+    prefix = stored.weight.name + "."
+    has_dense_bias = not (stored.weight.is_function or find_layer(stored.format_name).holds_bias(stored.format_params))
+    dense = {stored.weight.bias, f"{prefix}bias" if has_dense_bias else None}
     return [name for name in checkpoint.tensors if name.startswith(prefix) and name not in dense]
 
 
 def dense_view(
     checkpoint: Checkpoint,
-    forms: dict[str, StoredWeight],
+    formats: dict[str, StoredWeight],
     model: transformers.PreTrainedModel,
     dtype: torch.dtype,
 ) -> Checkpoint:
@@ -343,26 +347,32 @@ def dense_view(
     model  the artifact's, on the meta device
     """
     tensors, parameters = dict(checkpoint.tensors), dict(model.named_parameters())
-    for form in forms.values():
-        stored = _stored_names(checkpoint, form)
+    for stored_weight in formats.values():
+        stored = _stored_names(checkpoint, stored_weight)
         if not stored:
-            raise ArtifactError("all tensors of this stored weight are missing", where=form.weight.name)
-        if form.weight.bias is not None and form.bias is None and form.weight.bias not in checkpoint.tensors:
-            raise ArtifactError(f"its bias {form.weight.bias!r} is missing", where=form.weight.name)
-        shape: tuple[int, ...] = form.weight.shape[::-1] if form.weight.transposed else form.weight.shape
-        if form.weight.is_slice:
-            if form.weight.parameter not in parameters:
+            raise ArtifactError("all tensors of this stored weight are missing", where=stored_weight.weight.name)
+        if (
+            stored_weight.weight.bias is not None
+            and stored_weight.bias is None
+            and stored_weight.weight.bias not in checkpoint.tensors
+        ):
+            raise ArtifactError(f"its bias {stored_weight.weight.bias!r} is missing", where=stored_weight.weight.name)
+        shape: tuple[int, ...] = (
+            stored_weight.weight.shape[::-1] if stored_weight.weight.transposed else stored_weight.weight.shape
+        )
+        if stored_weight.weight.is_slice:
+            if stored_weight.weight.parameter not in parameters:
                 raise ArtifactError(
-                    f"the manifest puts it into {form.weight.parameter!r}, which the model doesn't have",
-                    where=form.weight.name,
+                    f"the manifest puts it into {stored_weight.weight.parameter!r}, which the model doesn't have",
+                    where=stored_weight.weight.name,
                     hint=BAD_HINT,
                 )
-            shape = tuple(parameters[form.weight.parameter].shape)
+            shape = tuple(parameters[stored_weight.weight.parameter].shape)
         dense = replace(tensors[stored[0]], shape=shape, dtype=dtype)
         for name in stored:
             del tensors[name]
-        if form.weight.tensor:
-            tensors[form.weight.tensor] = dense
-        if form.bias is not None:
-            tensors[form.bias] = replace(dense, shape=(form.weight.out_features,))
+        if stored_weight.weight.tensor:
+            tensors[stored_weight.weight.tensor] = dense
+        if stored_weight.bias is not None:
+            tensors[stored_weight.bias] = replace(dense, shape=(stored_weight.weight.out_features,))
     return replace(checkpoint, tensors=tensors)

@@ -79,10 +79,10 @@ def map_large_experts(streamed: StreamedModel, mapped: MappedTensors, limit: int
     limit    bytes of memory that the process may use
     returns  whether they do
     """
-    sizes = {unit: sum(map(streamed.nbytes_of, names)) for unit, names in streamed.units.items()}
-    blocks = [size for unit, size in sizes.items() if unit.startswith(streamed.blocks_path + ".")]
+    sizes = {part: sum(map(streamed.nbytes_of, names)) for part, names in streamed.parts.items()}
+    blocks = [size for part, size in sizes.items() if part.startswith(streamed.blocks_path + ".")]
     needed = two_blocks_bytes(sum(sizes.values()) - sum(blocks), max(blocks))
-    names = [name for members in streamed.units.values() for name in members]
+    names = [name for members in streamed.parts.values() for name in members]
     if needed > limit and expert_parameters(streamed.model, names):
         streamed.filler.mapped = mapped
     return streamed.filler.mapped is not None

@@ -27,7 +27,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from compressor import __version__ as VERSION
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
-from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, structural_forms
+from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, structural_formats
 
 BASE = "compressor.layers.base"
 PLACING = "compressor.layers.structural.placing"
@@ -55,7 +55,7 @@ from __future__ import annotations
 {body}
 
 
-STORED_FORMS: dict[str, type[Layer]] = {{{table}}}
+STORED_FORMATS: dict[str, type[Layer]] = {{{table}}}
 
 
 class CompressedConfig({config}):
@@ -68,7 +68,7 @@ def store_weights(model: Any, config: Any, prefix: str = "") -> None:
 {reshaping}{experts}    for name, entry in modules.items():
         owner, _, leaf = name.rpartition(".")
         bias = getattr(getattr(model.get_submodule(owner), leaf, None), "bias", None) is not None
-        layer = STORED_FORMS[entry["form"]]
+        layer = STORED_FORMATS[entry["form"]]
         layer.prepare(model)
         made = layer.empty(tuple(entry["shape"]), entry["spec"], torch.get_default_dtype(), bias)
         setattr(model.get_submodule(owner), leaf, made)
@@ -109,19 +109,19 @@ class Compressed{backbone}({backbone}):
 AutoModel.register(CompressedConfig, Compressed{backbone}, exist_ok=True)
 """
 
-DESCRIPTION = "some weights in other formats, dequantized at each matmul: {forms}"
-RESHAPED = "parameters of other shapes, and {forms}"
+DESCRIPTION = "some weights in other formats, dequantized at each matmul: {formats}"
+RESHAPED = "parameters of other shapes, and {formats}"
 
 # before any layer is put in
 RESHAPING = """    shapes, parts = (
         {n.removeprefix(prefix): e for n, e in changed.items() if n.startswith(prefix)}
         for changed in (config.compressed_shapes, config.compressed_modules)
     )
-    reshape(model, shapes, parts, STORED_FORMS)
+    reshape(model, shapes, parts, STORED_FORMATS)
 """
 
 STORING_EXPERTS = """    experts = {n: e for n, e in modules.items() if "expert" in e}
-    store_experts(model, experts, STORED_FORMS, prefix)
+    store_experts(model, experts, STORED_FORMATS, prefix)
     modules = {n: e for n, e in modules.items() if n not in experts}
 """
 
@@ -151,7 +151,7 @@ class _Parts:
     owners: dict[str, str] = field(default_factory=dict)
 
 
-def modeling_source(model: PreTrainedModel, forms: Iterable[str], *, experts: bool = False) -> str:
+def modeling_source(model: PreTrainedModel, formats: Iterable[str], *, experts: bool = False) -> str:
     """Source of the modeling file for this model class and the names of these quantization formats.
 
     A reshaped model (`compressor.model.reshaped_class`) adds its structural formats.
@@ -161,7 +161,9 @@ def modeling_source(model: PreTrainedModel, forms: Iterable[str], *, experts: bo
     raises ArtifactError for a layer whose source depends on other modules
     """
     base, config = type(model).__name__, type(model.config).__name__
-    layers = {form: find_layer(form) for form in sorted({*forms, *structural_forms(model.config)})}
+    layers = {
+        format_name: find_layer(format_name) for format_name in sorted({*formats, *structural_formats(model.config)})
+    }
     modules = [BASE, PLACING] if is_reshaped(model.config) else [BASE]
     modules += [EXPERTS] if experts else []
     for layer in layers.values():
@@ -190,11 +192,11 @@ def modeling_source(model: PreTrainedModel, forms: Iterable[str], *, experts: bo
         making=making,
         backbone=backbone,
         description=(RESHAPED if is_reshaped(model.config) else DESCRIPTION).format(
-            forms=", ".join(layers) or "nothing else"
+            formats=", ".join(layers) or "nothing else"
         ),
         imports="\n".join([*sorted(parts.plain), *found]),
         body="\n\n\n".join(body),
-        table=", ".join(f'"{form}": {layer.__name__}' for form, layer in layers.items()),
+        table=", ".join(f'"{format_name}": {layer.__name__}' for format_name, layer in layers.items()),
         config=config,
         model_type=custom_type(model.config.model_type),
         conversions="" if key is None else CONVERSIONS.format(key=key),

@@ -47,53 +47,55 @@ class Family:
     forward: Callable[[Layer, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
-def stocks_of(forms: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | Because]]:
+def stocks_of(formats: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock | Because]]:
     """Each weight with the stock loader that reads its layer, or the reason why none does."""
     known: dict[tuple[str, str], Stock | Because] = {}
-    for form in forms:
-        key = (form.form, str(sorted_spec(form)))
+    for stored in formats:
+        key = (stored.format_name, str(sorted_params(stored)))
         if key not in known:
-            stock = find_layer(form.form).stock(sorted_spec(form))
+            stock = find_layer(stored.format_name).stock(sorted_params(stored))
             if isinstance(stock, Stock) and stock.family not in FAMILIES:
-                told = f"is stored for {stock.family}, but this release can't write a config for it"
-                stock = Because(told, reason="unknown-loader", loader=stock.family)
+                message = f"is stored for {stock.family}, but this release can't write a config for it"
+                stock = Because(message, reason="unknown-loader", loader=stock.family)
             elif isinstance(stock, str):
-                stock = Because(stock, **{"reason": "no-stock-form", "form": form.form, **values_of(stock)})
+                stock = Because(
+                    stock, **{"reason": "no-stock-format", "format_name": stored.format_name, **values_of(stock)}
+                )
             known[key] = stock
-    return [(form, known[form.form, str(sorted_spec(form))]) for form in forms]
+    return [(stored, known[stored.format_name, str(sorted_params(stored))]) for stored in formats]
 
 
-def described_by(forms: Sequence[StoredWeight]) -> list[Described]:
+def described_by(formats: Sequence[StoredWeight]) -> list[Described]:
     """The weights that stock loaders can read, with their settings."""
-    return [(form, stock.settings) for form, stock in stocks_of(forms) if isinstance(stock, Stock)]
+    return [(format_name, stock.settings) for format_name, stock in stocks_of(formats) if isinstance(stock, Stock)]
 
 
 def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, Because]]:
-    dense_experts = _some_experts_stay_dense([form for form, _ in described], model)
+    dense_experts = _some_experts_stay_dense([stored for stored, _ in described], model)
     renaming = Renaming(model)
     schemes = len({str(settings) for _, settings in described})
     refused = []
-    for form, settings in described:
+    for stored, settings in described:
         packed = settings["format"] == "pack-quantized"
         why = None
-        if form.weight.is_slice and renaming(f"{form.weight.name}.weight")[1] is None:
-            told = "is an expert, and stock loaders have no rule that joins separate experts of this class"
-            why = Because(told, reason="no-joining-rule")
-        elif form.weight.transposed:
+        if stored.weight.is_slice and renaming(f"{stored.weight.name}.weight")[1] is None:
+            message = "is an expert, and stock loaders have no rule that joins separate experts of this class"
+            why = Because(message, reason="no-joining-rule")
+        elif stored.weight.transposed:
             why = Because("is a Conv1D, which compressed-tensors can't target", reason="conv1d")
-        elif form.weight.expert is not None and not (packed and settings["weights"]["symmetric"]):
-            told = "is an expert, but of experts stock loaders read only packed symmetric codes"
-            why = Because(told, reason="expert-codes")
+        elif stored.weight.expert is not None and not (packed and settings["weights"]["symmetric"]):
+            message = "is an expert, but of experts stock loaders read only packed symmetric codes"
+            why = Because(message, reason="expert-codes")
         elif _has_packed_zeros(settings) and schemes > 1:
-            told = (
+            message = (
                 f"has packed zero points, which stock loaders read only if all weights share one scheme, not {schemes}"
             )
-            why = Because(told, reason="packed-zeros", schemes=schemes)
+            why = Because(message, reason="packed-zeros", schemes=schemes)
         elif dense_experts:
-            told = "is quantized while some experts stay dense, and stock loaders leave dense experts uninitialized"
-            why = Because(told, reason="dense-experts")
+            message = "is quantized while some experts stay dense, and stock loaders leave dense experts uninitialized"
+            why = Because(message, reason="dense-experts")
         if why is not None:
-            refused.append((form.weight.name, why))
+            refused.append((stored.weight.name, why))
     return refused
 
 
@@ -105,18 +107,18 @@ def compressed_tensors_config(described: Sequence[Described], model: PreTrainedM
     """
     groups: dict[str, Any] = {}
     by_settings: dict[tuple[Any, ...], list[Described]] = {}
-    for form, settings in described:
-        weights, expert = settings["weights"], form.weight.expert is not None
+    for stored_weight, settings in described:
+        weights, expert = settings["weights"], stored_weight.weight.expert is not None
         key = (weights["num_bits"], weights["group_size"] or -1, expert, str(settings))
-        by_settings.setdefault(key, []).append((form, settings))
+        by_settings.setdefault(key, []).append((stored_weight, settings))
     for number, ((_, _, expert, _), members) in enumerate(sorted(by_settings.items(), key=lambda item: item[0])):
-        targets = sorted({module_of(form) for form, _ in members})
+        targets = sorted({module_of(stored_weight) for stored_weight, _ in members})
         if expert:  # experts are not modules of the running model; the loader needs a regex with "experts"
             targets = ["re:.*experts.*"]
         settings = members[0][1]
         activations = {key: settings.get(key) for key in ("input_activations", "output_activations")}
         groups[f"group_{number}"] = {"targets": targets, **settings, **activations}
-    stored = {module_of(form) for form, _ in described}
+    stored = {module_of(stored_weight) for stored_weight, _ in described}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     formats = sorted({group["format"] for group in groups.values()})
     config = {
@@ -134,7 +136,7 @@ def compressed_tensors_config(described: Sequence[Described], model: PreTrainedM
     return config
 
 
-def _some_experts_stay_dense(forms: Sequence[StoredWeight], model: PreTrainedModel) -> bool:
+def _some_experts_stay_dense(formats: Sequence[StoredWeight], model: PreTrainedModel) -> bool:
     """Whether the loader would have to join dense experts, which it can't do once the model is quantized."""
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     joined = [re.compile(pattern) for rule in rules for pattern in rule.target_patterns]
@@ -143,9 +145,9 @@ def _some_experts_stay_dense(forms: Sequence[StoredWeight], model: PreTrainedMod
         for name, value in model.named_parameters()
         if value.dim() == 3 and min(value.shape[1:]) > 1 and any(pattern.search(name) for pattern in joined)
     }
-    for form in forms:
-        if form.weight.parameter in rows:
-            rows[form.weight.parameter] -= form.weight.out_features
+    for stored in formats:
+        if stored.weight.parameter in rows:
+            rows[stored.weight.parameter] -= stored.weight.out_features
     return any(rows.values())
 
 
@@ -159,21 +161,23 @@ def _bitsandbytes_refuses(described: Sequence[Described], model: PreTrainedModel
     skipped = _dense_modules(described, model)
     modules = dict(model.named_modules())
     refused = []
-    for form, _ in described:
-        module = modules[module_of(form)]
+    for stored, _ in described:
+        module = modules[module_of(stored)]
         why = None
         if not _bitsandbytes_replaces(module):
             kind = type(module).__name__
-            told = f"is a {kind}, but bitsandbytes replaces only plain Linear and Conv1D"
-            why = Because(told, reason="other-module", module=kind)
+            message = f"is a {kind}, but bitsandbytes replaces only plain Linear and Conv1D"
+            why = Because(message, reason="other-module", module=kind)
         elif len(thresholds) > 1:
-            told = f"is in a model with the thresholds {thresholds}, but bitsandbytes has one threshold per checkpoint"
-            why = Because(told, reason="thresholds", thresholds=thresholds)
-        elif not should_convert_module(module_of(form), skipped):
-            told = "has a name that bitsandbytes can't distinguish from the name of a dense module"
-            why = Because(told, reason="ambiguous-name")
+            message = (
+                f"is in a model with the thresholds {thresholds}, but bitsandbytes has one threshold per checkpoint"
+            )
+            why = Because(message, reason="thresholds", thresholds=thresholds)
+        elif not should_convert_module(module_of(stored), skipped):
+            message = "has a name that bitsandbytes can't distinguish from the name of a dense module"
+            why = Because(message, reason="ambiguous-name")
         if why is not None:
-            refused.append((form.weight.name, why))
+            refused.append((stored.weight.name, why))
     return refused
 
 
@@ -191,7 +195,7 @@ def bitsandbytes_config(described: Sequence[Described], model: PreTrainedModel) 
 
 
 def _dense_modules(described: Sequence[Described], model: PreTrainedModel) -> list[str]:
-    stored = {module_of(form) for form, _ in described}
+    stored = {module_of(format_name) for format_name, _ in described}
     names = [name for name, module in model.named_modules() if _bitsandbytes_replaces(module)]
     return [name for name in names if name not in stored]
 
@@ -220,11 +224,11 @@ def check_loader(export_format: str) -> None:
         )
 
 
-def module_of(form: StoredWeight) -> str:
+def module_of(stored: StoredWeight) -> str:
     """The module of the running model that a stored weight replaces."""
-    return form.weight.parameter.removesuffix(".weight")
+    return stored.weight.parameter.removesuffix(".weight")
 
 
-def sorted_spec(form: StoredWeight) -> dict[str, Any]:
+def sorted_params(stored: StoredWeight) -> dict[str, Any]:
     """The format parameters with keys in one order, whether they come from a layer or from the journal."""
-    return json.loads(json.dumps(form.spec, sort_keys=True))
+    return json.loads(json.dumps(stored.format_params, sort_keys=True))

@@ -43,7 +43,7 @@ def load_stock(directory: Path, manifest: Loadable) -> tuple[Any, dict[str, Any]
     """
     checkpoint = open_checkpoint(directory)
     empty = empty_model(checkpoint, manifest)
-    _check_route(checkpoint, manifest["route"])
+    _check_export_format(checkpoint, manifest["route"])
     if problems := code_problems(checkpoint, manifest, empty):
         raise ArtifactError(
             "; ".join(problems),
@@ -80,11 +80,11 @@ def stock_works(
     except Exception as error:
         if (lack := ran_out(error)) is not None:
             raise lack from error
-        told = f"{type(error).__name__}: {error}"[:600]
-        raise refusal(f"{who} fails on it ({told})", where=directory.name) from error
+        message = f"{type(error).__name__}: {error}"[:600]
+        raise refusal(f"{who} fails on it ({message})", where=directory.name) from error
 
 
-def _check_route(checkpoint: Checkpoint, export_format: str) -> None:
+def _check_export_format(checkpoint: Checkpoint, export_format: str) -> None:
     """raises ArtifactError for an export format that this release can't write, or a config.json that needs another"""
     if export_format not in ("dense", "custom", *FAMILIES):
         raise ArtifactError(

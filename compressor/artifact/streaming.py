@@ -17,7 +17,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from transformers import CompressedTensorsConfig
 
-from compressor.artifact.loader import Unfilled, is_replaced, stored_tensors, told_of
+from compressor.artifact.loader import Unfilled, is_replaced, naming, stored_tensors
 from compressor.artifact.manifest import Manifest
 from compressor.artifact.stock_formats import module_of
 from compressor.errors import ArtifactError
@@ -39,13 +39,13 @@ def load_streamed(checkpoint: Checkpoint, manifest: Manifest, decompress: Decomp
                 stored weight
     raises      ArtifactError for anything that differs from the manifest; ModelError for a model without blocks
     """
-    with told_of(checkpoint.directory.name):
+    with naming(checkpoint.directory.name):
         unfilled = Unfilled(checkpoint, manifest)
         unfilled.matrix_of = decompress or unfilled.matrix_of
         layers = [
             module
             for module, name in unfilled.modules.items()
-            if decompress is None or not find_layer(unfilled.forms[name].form).weight_only
+            if decompress is None or not find_layer(unfilled.formats[name].format_name).weight_only
         ]
         path = find_blocks(unfilled.model)
         return StreamedModel(ArtifactFiller(unfilled, layers, path), path, unfilled.bindings.unused)
@@ -66,9 +66,9 @@ class ArtifactFiller:
             if (bias := f"{module}.bias") in unfilled.bindings.sources:  # the layer takes it from the module
                 fill(bias, unfilled.value(bias), self.model)
             unfilled.place(module)
-        gone = tuple(f"{module}." for module in outside)
+        outer = tuple(f"{module}." for module in outside)
         names = [*unfilled.bindings.sources, *unfilled.bindings.tied]
-        self._names = [name for name in names if not name.startswith(gone) and not is_replaced(name, self.in_blocks)]
+        self._names = [name for name in names if not name.startswith(outer) and not is_replaced(name, self.in_blocks)]
 
     @property
     def mapped(self) -> MappedTensors | None:
@@ -81,14 +81,14 @@ class ArtifactFiller:
     def names(self) -> list[str]:
         return self._names
 
-    def fill(self, unit: str, names: Sequence[str]) -> None:
+    def fill(self, part: str, names: Sequence[str]) -> None:
         for name in names:
             fill(name, self.unfilled.value(name), self.model)
-        for module in self._layers_of(unit):
+        for module in self._layers_of(part):
             self.replaced[module] = self.unfilled.place(module)
 
-    def free(self, unit: str, names: Sequence[str]) -> None:
-        for module in self._layers_of(unit):
+    def free(self, part: str, names: Sequence[str]) -> None:
+        for module in self._layers_of(part):
             owner, _, leaf = module.rpartition(".")
             before = self.replaced.pop(module)
             if before is None:
@@ -98,8 +98,8 @@ class ArtifactFiller:
         for name in names:
             fill(name, None, self.model)
 
-    def _layers_of(self, unit: str) -> list[str]:
-        return [module for module in sorted(self.in_blocks) if module.startswith(unit + ".")]
+    def _layers_of(self, part: str) -> list[str]:
+        return [module for module in sorted(self.in_blocks) if module.startswith(part + ".")]
 
 
 @dataclass(frozen=True)
@@ -118,31 +118,31 @@ class StockDecompressor:
     def of(cls, checkpoint: Checkpoint) -> StockDecompressor:
         """raises ArtifactError if the library can't read `quantization_config`"""
         values = {key: value for key, value in (checkpoint.quantization_config or {}).items() if key != "quant_method"}
-        with told_of("config.json", holds_values=False):
+        with naming("config.json", holds_values=False):
             config = CompressedTensorsConfig(**values).quantization_config
         return cls(checkpoint, config, getattr(torch, checkpoint.config["dtype"]))
 
-    def __call__(self, form: StoredWeight) -> Tensor:
+    def __call__(self, stored: StoredWeight) -> Tensor:
         """The dense matrix (out_features, in_features). raises ArtifactError if the stored tensors don't fit"""
-        scheme = self._scheme(form)
+        scheme = self._scheme(stored)
         compressor = BaseCompressor.get_value_from_registry(scheme.format or self.config.format)
-        tensors = stored_tensors(self.checkpoint, form)
+        tensors = stored_tensors(self.checkpoint, stored)
         if lacking := sorted(set(compressor.compression_param_names(scheme)) - tensors.keys()):
             raise ArtifactError(
-                f"compressed-tensors needs {', '.join(lacking)}, which it doesn't have", where=form.weight.name
+                f"compressed-tensors needs {', '.join(lacking)}, which it doesn't have", where=stored.weight.name
             )
-        with told_of(form.weight.name):
+        with naming(stored.weight.name):
             return compressor.decompress(tensors, scheme)["weight"].to(self.dtype)
 
-    def _scheme(self, form: StoredWeight) -> QuantizationScheme:
+    def _scheme(self, stored: StoredWeight) -> QuantizationScheme:
         """The config group of a weight: the one that names its module, or of an expert the one for experts."""
         groups = list(self.config.config_groups.values())
         for group in groups:
             named = any(target.startswith("re:") and "experts" in target for target in group.targets)
-            if named if form.weight.expert is not None else module_of(form) in group.targets:
+            if named if stored.weight.expert is not None else module_of(stored) in group.targets:
                 return group
         raise ArtifactError(
             "no config group of quantization_config names it",
-            where=form.weight.name,
+            where=stored.weight.name,
             hint="Copy the artifact again from where it was written, or build it again.",
         )

@@ -73,9 +73,9 @@ def carried_tensors(structure: Structure) -> dict[str, TensorInfo]:
     return {unused.tensor: structure.checkpoint.tensors[unused.tensor] for unused in carried(structure)}
 
 
-def untied_copies(structure: Structure, forms: Sequence[StoredWeight], untied: bool) -> dict[str, str]:
+def untied_copies(structure: Structure, formats: Sequence[StoredWeight], untied: bool) -> dict[str, str]:
     """Parameter -> the tensor that it shared and now has a copy of, if the new config.json unties everything."""
-    own = {form.weight.parameter for form in forms}
+    own = {stored.weight.parameter for stored in formats}
     bindings = structure.bindings
     shared = {} if not untied else {name: source for name, source in bindings.tied.items() if name not in own}
     return {name: bindings.sources[source][0].tensor for name, source in shared.items()}
@@ -85,7 +85,7 @@ def write_artifact(
     directory: Path,
     structure: Structure,
     parts: Sequence[Path],
-    forms: Sequence[StoredWeight],
+    formats: Sequence[StoredWeight],
     export_format: ExportFormat,
     shard_bytes: int,
     untied: bool,
@@ -99,7 +99,7 @@ def write_artifact(
     infos: dict[str, TensorInfo] = {}
     for part in parts:
         infos.update(read_header(part))
-    infos |= {name: infos[tensor] for name, tensor in untied_copies(structure, forms, untied).items()}
+    infos |= {name: infos[tensor] for name, tensor in untied_copies(structure, formats, untied).items()}
     infos |= carried_tensors(structure)
     named = [Named(name, info.dtype, info.shape, info.nbytes, info.small) for name, info in infos.items()]
     shards = assign_shards(named, shard_bytes)
@@ -116,10 +116,14 @@ def write_artifact(
         }
         write_json(directory / "model.safetensors.index.json", index)
     dtype = str(structure.dtype).removeprefix("torch.")
-    config = artifact_config(structure.checkpoint.carried_config, export_format, forms, structure.model, dtype, untied)
+    config = artifact_config(
+        structure.checkpoint.carried_config, export_format, formats, structure.model, dtype, untied
+    )
     write_json(directory / "config.json", config)
     if export_format.name == "custom":
-        text = modeling_source(structure.model, (form.form for form in forms), experts=has_experts(forms))
+        text = modeling_source(
+            structure.model, (stored.format_name for stored in formats), experts=has_experts(formats)
+        )
         (directory / f"modeling_{config['model_type']}.py").write_text(text)
     for relative in structure.checkpoint.side_files.carried:
         (directory / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +136,7 @@ def seal(
     *,
     architecture: str,
     export_format: ExportFormat,
-    forms: Sequence[StoredWeight],
+    formats: Sequence[StoredWeight],
     source: Source,
     carried: Sequence[Unused] = (),
 ) -> None:
@@ -144,9 +148,11 @@ def seal(
         "route": export_format.name,
         "reason": export_format.reason,
         "source": source,
-        "weights": {form.weight.name: form.to_dict() for form in forms},
+        "weights": {stored.weight.name: stored.to_dict() for stored in formats},
         "carried": {unused.tensor: list(unused.reported) for unused in carried},
-        "layers": {form.form: find_layer(form.form).__module__.partition(".")[0] for form in forms},
+        "layers": {
+            stored.format_name: find_layer(stored.format_name).__module__.partition(".")[0] for stored in formats
+        },
         "files": file_facts(directory),
     }
     write_json(directory / MANIFEST, manifest)

@@ -107,9 +107,9 @@ def _live(console: Console) -> Iterator[Emit]:
         def emit(event: Event) -> None:
             timeline.take(event)
             if event["event"] == "sweep":
-                progress.reset(task, total=event["units"])
-            elif event["event"] == "unit":
-                progress.update(task, completed=event["unit"] + 1)
+                progress.reset(task, total=event["parts"])
+            elif event["event"] == "part":
+                progress.update(task, completed=event["part"] + 1)
             elif event["event"] == "stage":
                 progress.reset(task, total=None)
             progress.update(task, description=f"{timeline.activity}{_rest(timeline)}", memory=_memory())
@@ -126,8 +126,8 @@ def _plain(console: Console) -> Callable[[Event, Timeline], None]:
         rest = _rest(timeline)
         if event["event"] in ("sweep", "stage", "decide"):
             console.print(f"{at}  {timeline.activity}{rest}", highlight=False, markup=False)
-        elif event["event"] == "unit":
-            done = f"{event['name']} ({event['unit'] + 1}/{event['units']}) {_memory()}{rest}"
+        elif event["event"] == "part":
+            done = f"{event['name']} ({event['part'] + 1}/{event['parts']}) {_memory()}{rest}"
             console.print(f"{at}  {done}", highlight=False, markup=False)
         elif event["event"] == "alive":
             console.print(f"{at}  ... {event['doing']}{rest}", highlight=False, markup=False)

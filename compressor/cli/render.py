@@ -150,7 +150,7 @@ def show_structure(found: Overview, weights: bool) -> None:
     table = Table("part", "tensors", "bytes", "weight groups")
     for part in found.parts:
         groups = [
-            ", ".join(f"{w.name if weights else w.name.rpartition('.')[2]} @{w.role} {w.form}" for w in group)
+            ", ".join(f"{w.name if weights else w.name.rpartition('.')[2]} @{w.role} {w.format_name}" for w in group)
             for group in part.groups
         ]
         table.add_row(part.name, str(part.tensors), human_bytes(part.bytes), "\n".join(groups))

@@ -53,9 +53,9 @@ class Timeline:
         elif event["event"] == "progress":
             share = "" if event["share"] is None else f" {event['share']:.0%}"
             self.where = f"{event['what']}{share}"
-        elif event["event"] == "unit":
-            self.where = f"after {event['name']} ({event['unit'] + 1}/{event['units']})"
-            self._finish(event["unit"] + 1)
+        elif event["event"] == "part":
+            self.where = f"after {event['name']} ({event['part'] + 1}/{event['parts']})"
+            self._finish(event["part"] + 1)
         elif event["event"] == "stage":
             self._enter(event["name"])
             self.doing, self.where = STAGES[event["name"]], ""

@@ -138,9 +138,9 @@ def _begins_with_chat(rows: Rows) -> bool:
 
 def _message(message: Message, number: int, field: str, name: str, row: int) -> Message:
     where = f"{name}, row {row}"
-    told = {key: part for key, part in message.items() if part is not None}  # None: a column of other rows
-    if "role" not in told and isinstance(told.get("from"), str):
-        speaker = told.pop("from")
+    reported = {key: part for key, part in message.items() if part is not None}  # None: a column of other rows
+    if "role" not in reported and isinstance(reported.get("from"), str):
+        speaker = reported.pop("from")
         if speaker not in SPEAKERS:
             raise RecipeError(
                 f"message {number} in {field!r} is from {speaker[:40]!r}, which is no known speaker",
@@ -148,13 +148,15 @@ def _message(message: Message, number: int, field: str, name: str, row: int) -> 
                 hint=f"Write one of {', '.join(SPEAKERS)}; or write `role` and `content` in place of `from`.",
                 data={"reason": "unknown-speaker", "message": number, "field": field, "speaker": speaker[:40]},
             )
-        value = {"content": told.pop("value")} if "value" in told else {}
-        told = {"role": SPEAKERS[speaker], **value, **told}
-    if calls := told.get("tool_calls"):
-        told["tool_calls"] = _calls(calls)
-        told.setdefault("content", "")
+        value = {"content": reported.pop("value")} if "value" in reported else {}
+        reported = {"role": SPEAKERS[speaker], **value, **reported}
+    if calls := reported.get("tool_calls"):
+        reported["tool_calls"] = _calls(calls)
+        reported.setdefault("content", "")
     for key in ("role", "content"):
-        texts = _parts(told[key]) if key == "content" and isinstance(told.get(key), list) else [told.get(key)]
+        texts = (
+            _parts(reported[key]) if key == "content" and isinstance(reported.get(key), list) else [reported.get(key)]
+        )
         if not texts or not all(isinstance(text, str) for text in texts):
             raise RecipeError(
                 f"message {number} in {field!r} has no text in {key!r}",
@@ -164,7 +166,7 @@ def _message(message: Message, number: int, field: str, name: str, row: int) -> 
             )
         for text in texts:
             text_of(text, f"{field}.{key}", name, row)
-    return told
+    return reported
 
 
 def _parts(content: list[Any]) -> list[Any]:

@@ -156,12 +156,12 @@ def reading(name: str) -> Iterator[None]:
             hint="Install the package that the message names with pip.",
         ) from error
     except Exception as error:  # readers of many formats, each with its own exceptions, such as EOFError
-        said = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         raise RecipeError(
-            f"can't be read ({type(error).__name__}{': ' if said else ''}{said})",
+            f"can't be read ({type(error).__name__}{': ' if message else ''}{message})",
             where=name,
             hint="Copy the file again if it is incomplete, or correct its suffix if it has another format.",
-            data={"reason": "not-read", "error": type(error).__name__, "cause": said},
+            data={"reason": "not-read", "error": type(error).__name__, "cause": message},
         ) from error
 
 

@@ -18,7 +18,7 @@ from compressor.lazy import torch
 from compressor.process.utf8 import parse_json
 
 PROCESSOR = "preprocessor_config.json"
-FORM = (
+FORMAT = (
     "Save it with numpy.savez: `images` as uint8 of shape (n, height, width) or (n, height, width, channels), "
     "and `labels` as whole numbers of shape (n,)."
 )
@@ -81,7 +81,7 @@ def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
                 found = "Python objects" if dtype.hasobject else f"{members[key].file_size - body} of {size} bytes"
                 sizes = {} if dtype.hasobject else {"bytes": members[key].file_size - body, "claimed": size}
                 values = {"reason": "objects" if dtype.hasobject else "wrong-size", "array": key, **sizes}
-                raise RecipeError(f"`{key}` holds {found}", where=name, hint=FORM, data=values)
+                raise RecipeError(f"`{key}` holds {found}", where=name, hint=FORMAT, data=values)
             if key == "images" and dtype != numpy.uint8:
                 raise RecipeError(
                     f"`images` has the dtype {dtype}; uint8 is needed",
@@ -93,7 +93,7 @@ def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
                 raise RecipeError(
                     f"`labels` has the dtype {dtype}; whole numbers are needed",
                     where=name,
-                    hint=FORM,
+                    hint=FORMAT,
                     data={"array": key, "dtype": str(dtype)},
                 )
         shape = shapes.get("images")
@@ -101,18 +101,21 @@ def _arrays(file: Any, name: str, *, only_headers: bool) -> dict[str, Any]:
             raise RecipeError(
                 f"has no `images` (it contains {', '.join(members) or 'nothing'})",
                 where=name,
-                hint=FORM,
+                hint=FORMAT,
                 data={"reason": "no-images", "names": list(members)},
             )
         if len(shape) not in (3, 4) or 0 in shape:
             raise RecipeError(
-                f"`images` has the shape {shape}", where=name, hint=FORM, data={"array": "images", "shape": list(shape)}
+                f"`images` has the shape {shape}",
+                where=name,
+                hint=FORMAT,
+                data={"array": "images", "shape": list(shape)},
             )
         if "labels" in shapes and shapes["labels"] != shape[:1]:
             raise RecipeError(
                 f"`labels` has the shape {shapes['labels']} for {shape[0]} images",
                 where=name,
-                hint=FORM,
+                hint=FORMAT,
                 data={"array": "labels", "shape": list(shapes["labels"]), "images": shape[0]},
             )
         if only_headers:

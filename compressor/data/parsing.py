@@ -40,29 +40,29 @@ class Parsed:
     beside: dict[str, list[Any]]
 
 
-def parse(kind: str, content: bytes, wanted: Wanted, name: str, is_cut: bool) -> Parsed:
-    """The columns of a file's content. is_cut: the content is a beginning, so the last row may be incomplete."""
+def parse(kind: str, content: bytes, wanted: Wanted, name: str, is_truncated: bool) -> Parsed:
+    """The columns of a file's content. is_truncated: the content is a beginning, so the last row may be incomplete."""
     if kind in (*PARQUET, *ARROW):
         with reading(name):
             file = load_package("pyarrow").BufferReader(content)
             return _from_arrow(*open_arrow(kind, file, wanted, name), wanted, name)
-    text = _decode(content, name, is_cut)
-    if not text.strip() and not is_cut:
+    text = _decode(content, name, is_truncated)
+    if not text.strip() and not is_truncated:
         raise RecipeError("is empty", where=name, data={"reason": "empty"})
     if kind in CSV:
-        return _from_csv(text, CSV[kind], wanted, name, is_cut)
+        return _from_csv(text, CSV[kind], wanted, name, is_truncated)
     if kind in JSON_LINES:
         lines = text.split("\n")
-        return _from_objects(_json_lines(lines[:-1] if is_cut else lines, name), wanted, name)
+        return _from_objects(_json_lines(lines[:-1] if is_truncated else lines, name), wanted, name)
     if kind == ".json":
         return _from_json(text, wanted, name)
     return Parsed(wanted.fields[0], [text.replace("\r\n", "\n")], {})
 
 
-def _decode(content: bytes, name: str, is_cut: bool) -> str:
+def _decode(content: bytes, name: str, is_truncated: bool) -> str:
     mark, encoding = next(((mark, found) for mark, found in MARKS if content.startswith(mark)), (b"", "utf-8"))
     try:
-        text = codecs.getincrementaldecoder(encoding)().decode(content[len(mark) :], final=not is_cut)
+        text = codecs.getincrementaldecoder(encoding)().decode(content[len(mark) :], final=not is_truncated)
     except UnicodeDecodeError as error:
         at = error.start + len(mark)
         raise RecipeError(
@@ -101,9 +101,9 @@ def _json_lines(lines: list[str], name: str) -> list[dict[str, Any]]:
 
 def _load_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_without_twins)
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except (ValueError, RecursionError) as error:
-        probe = {"twin": error.key} if isinstance(error, _TwinKey) else {}
+        probe = {"repeated": error.key} if isinstance(error, _RepeatedKey) else {}
         raise RecipeError(
             f"is not JSON ({str(error)[:160]})",
             where=where,
@@ -112,7 +112,7 @@ def _load_json(text: str, where: str) -> Any:
         ) from error
 
 
-class _TwinKey(ValueError):
+class _RepeatedKey(ValueError):
     """A key that appears twice in one object."""
 
     def __init__(self, key: str) -> None:
@@ -120,12 +120,12 @@ class _TwinKey(ValueError):
         self.key = key
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         seen: set[str] = set()
         probe = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _TwinKey(probe)
+        raise _RepeatedKey(probe)
     return row
 
 
@@ -188,11 +188,11 @@ def _from_objects(rows: list[dict[str, Any]], wanted: Wanted, name: str) -> Pars
     return Parsed(field, [row[field] for row in rows], beside)
 
 
-def _from_csv(text: str, delimiter: str, wanted: Wanted, name: str, is_cut: bool) -> Parsed:
+def _from_csv(text: str, delimiter: str, wanted: Wanted, name: str, is_truncated: bool) -> Parsed:
     header: list[str] | None = None
     field, values, place = wanted.fields[0], [], 0
     beside: dict[str, list[Any]] = {}
-    for line, row in _csv_rows(text, delimiter, name, is_cut):
+    for line, row in _csv_rows(text, delimiter, name, is_truncated):
         if header is None:
             header = [name.strip() for name in row]  # `text, label`
             field = field_of(header, wanted, name)
@@ -212,7 +212,7 @@ def _from_csv(text: str, delimiter: str, wanted: Wanted, name: str, is_cut: bool
     return Parsed(field, values, beside)
 
 
-def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[int, list[str]]]:
+def _csv_rows(text: str, delimiter: str, name: str, is_truncated: bool) -> list[tuple[int, list[str]]]:
     """(line of its end, fields) of each row that is not blank. A text may have any length and contain line breaks."""
     rows: list[tuple[int, list[str]]] = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -220,7 +220,7 @@ def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[
     try:
         rows += ((reader.line_num, row) for row in reader if row)
     except csv.Error as error:
-        if not is_cut or reader.line_num < text.count("\n"):  # else the content ends inside a quoted text
+        if not is_truncated or reader.line_num < text.count("\n"):  # else the content ends inside a quoted text
             raise RecipeError(
                 f"is not valid CSV ({error})",
                 where=f"{name}:{reader.line_num}",
@@ -229,7 +229,7 @@ def _csv_rows(text: str, delimiter: str, name: str, is_cut: bool) -> list[tuple[
             ) from error
     finally:
         csv.field_size_limit(before)
-    return rows[:-1] if is_cut else rows
+    return rows[:-1] if is_truncated else rows
 
 
 def _number(text: str) -> Any:

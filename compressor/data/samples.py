@@ -150,8 +150,8 @@ def part_of(documents: Documents, part: str, *, pack: bool) -> Documents:
     """
     if pack and documents.images is None:
         texts = part_of_texts(documents.texts, part)
-        told: SourcePart = {"name": part, "documents": len(texts), "of": len(documents.texts)}
-        return replace(documents, texts=texts, labels=None, part=told)
+        reported: SourcePart = {"name": part, "documents": len(texts), "of": len(documents.texts)}
+        return replace(documents, texts=texts, labels=None, part=reported)
     numbers = positions_of(documents.contents, part)
     return replace(
         documents,

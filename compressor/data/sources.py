@@ -69,12 +69,12 @@ def check_rows(settings: Columns) -> Rows | None:
         return None
     if packed:
         plain = decompressed(path, packed, read_regular(path), HEAD_BYTES)
-        is_cut = len(plain) >= HEAD_BYTES
+        is_truncated = len(plain) >= HEAD_BYTES
     else:
-        plain, is_cut = read_regular(path, HEAD_BYTES), size > HEAD_BYTES
-    if is_cut and kind in (".json", *PARQUET, *ARROW):
+        plain, is_truncated = read_regular(path, HEAD_BYTES), size > HEAD_BYTES
+    if is_truncated and kind in (".json", *PARQUET, *ARROW):
         return None
-    rows = _rows(parse(kind, plain, wanted, path.name, is_cut), "", path.name, is_whole_text=not kind)
+    rows = _rows(parse(kind, plain, wanted, path.name, is_truncated), "", path.name, is_whole_text=not kind)
     check_values(rows, is_chat=wanted.is_chat)
     return rows
 

@@ -33,7 +33,7 @@ class PartSource:
 
     structure: Structure
     file: Path | None = None
-    forms: dict[str, StoredWeight] = field(default_factory=dict)  # weight name -> its format, without dense weights
+    formats: dict[str, StoredWeight] = field(default_factory=dict)  # weight name -> its format, without dense weights
 
     def names(self, part: int) -> list[str]:
         """Checkpoint names of the tensors in this part, sorted."""
@@ -52,11 +52,13 @@ class PartSource:
         if self._slices(tensor):
             empty = torch.empty(self._parameter(tensor).shape, dtype=self._experts_dtype(tensor))
             return fill_experts(empty, self.read_experts(tensor))
-        form = self.forms.get(tensor.removesuffix(".weight"))
-        if form is not None:
-            matrix = self.layer(form).matrix(dtype)
-            return matrix.t().contiguous() if form.weight.transposed else matrix
-        holder = next((form for form in self.forms.values() if form.weight.bias == tensor and form.bias), None)
+        stored = self.formats.get(tensor.removesuffix(".weight"))
+        if stored is not None:
+            matrix = self.layer(stored).matrix(dtype)
+            return matrix.t().contiguous() if stored.weight.transposed else matrix
+        holder = next(
+            (stored for stored in self.formats.values() if stored.weight.bias == tensor and stored.bias), None
+        )
         if holder is not None:
             return self.layer(holder).vector(dtype)
         with safe_open(self.file, framework="pt") as opened:
@@ -72,7 +74,11 @@ class PartSource:
         elif tensor in self._header:
             raw = read_slices(self._header[tensor])
         return joined_experts(
-            raw, self._slices(tensor), self._parameter(tensor).shape, dtype, lambda form: self.layer(form).matrix(dtype)
+            raw,
+            self._slices(tensor),
+            self._parameter(tensor).shape,
+            dtype,
+            lambda format_name: self.layer(format_name).matrix(dtype),
         )
 
     def _experts_dtype(self, tensor: str) -> torch.dtype:
@@ -81,7 +87,7 @@ class PartSource:
 
     def _slices(self, tensor: str) -> list[StoredWeight]:
         """The stored weights in a tensor of all experts."""
-        return [form for form in self.forms.values() if form.weight.tensor == tensor and form.weight.is_slice]
+        return [stored for stored in self.formats.values() if stored.weight.tensor == tensor and stored.weight.is_slice]
 
     def _parameter(self, tensor: str) -> Tensor:
         return self.structure.model.get_parameter(self.structure.bindings.parameters_by_tensor[tensor])
@@ -91,13 +97,13 @@ class PartSource:
         assert self.file is not None
         return read_header(self.file)
 
-    def layer(self, form: StoredWeight) -> Layer:
+    def layer(self, stored: StoredWeight) -> Layer:
         """The layer of a stored weight, without its bias."""
         assert self.file is not None
         with safe_open(self.file, framework="pt") as opened:
-            names = [name for name in opened.keys() if _belongs(name, form.weight)]  # noqa: SIM118
-            tensors = {name.removeprefix(form.weight.name + "."): opened.get_tensor(name) for name in names}
-        return find_layer(form.form).from_tensors(form.spec, tensors)
+            names = [name for name in opened.keys() if _belongs(name, stored.weight)]  # noqa: SIM118
+            tensors = {name.removeprefix(stored.weight.name + "."): opened.get_tensor(name) for name in names}
+        return find_layer(stored.format_name).from_tensors(stored.format_params, tensors)
 
     def entry(self, tensor: str) -> Entry:
         """A tensor as this source stores it, for writing."""
@@ -121,7 +127,7 @@ class Installed:
 
     def install(self, weight: Weight, layer: Layer) -> None:
         """Replace the module that holds the weight, or that is the function, by the layer. The layer gets its bias."""
-        if not layer.holds_bias(layer.spec()):
+        if not layer.holds_bias(layer.format_params()):
             layer.bias = getattr(self._module(weight), "bias", None)  # type: ignore[assignment]
         self.place(weight, layer.eval())
 
@@ -139,9 +145,9 @@ class Installed:
 
     def install_stored(self, source: PartSource, device: torch.device) -> None:
         """Install every layer of the source that must be installed: those that are not weight-only."""
-        for form in source.forms.values():
-            if not find_layer(form.form).weight_only:
-                self.install(form.weight, source.layer(form).to(device))
+        for stored in source.formats.values():
+            if not find_layer(stored.format_name).weight_only:
+                self.install(stored.weight, source.layer(stored).to(device))
 
     def remove(self) -> None:
         """Restore every replaced module. This must be done before the part is loaded or freed."""
@@ -201,9 +207,9 @@ def _values(
         else:
             value = read_parameter(name, bindings, source.read, model)
         yield name, value.to(bindings.dtypes[name])
-    for form in source.forms.values():
-        if form.weight.parameter in structure.bindings.tied:  # an untied output head has no tensor in the source
-            yield form.weight.parameter, source.read(form.weight.tensor)
+    for stored in source.formats.values():
+        if stored.weight.parameter in structure.bindings.tied:  # an untied output head has no tensor in the source
+            yield stored.weight.parameter, source.read(stored.weight.tensor)
 
 
 def free_part(structure: Structure, part: int) -> None:
@@ -247,14 +253,14 @@ def part_entries(
 
     written  new values of dense tensors, by name
     """
-    earlier = [form for name, form in source.forms.items() if form.weight.is_slice and name not in put]
-    replaced = replaced_tensors([*earlier, *(form for form, _ in put.values())], source.structure.checkpoint)
+    earlier = [stored for name, stored in source.formats.items() if stored.weight.is_slice and name not in put]
+    replaced = replaced_tensors([*earlier, *(stored for stored, _ in put.values())], source.structure.checkpoint)
     for tensor in source.names(part):
-        if tensor not in replaced and not any(_belongs(tensor, form.weight) for form, _ in put.values()):
+        if tensor not in replaced and not any(_belongs(tensor, stored.weight) for stored, _ in put.values()):
             yield _entry(tensor, written[tensor]) if tensor in written else source.entry(tensor)
-    for name, (form, layer) in put.items():
+    for name, (stored, layer) in put.items():
         for suffix, value in layer.tensors().items():
-            yield _entry(f"{name}.{suffix}", value, copied=form.weight.expert is not None)
+            yield _entry(f"{name}.{suffix}", value, copied=stored.weight.expert is not None)
 
 
 def _entry(name: str, value: Tensor, *, copied: bool = False) -> Entry:

@@ -127,7 +127,7 @@ class BlockView:
 
     def put(self, weight: Weight, layer: Layer, **record: Any) -> None:
         assert self.is_open, "nothing can be put while a pass decides"
-        form = StoredWeight(layer.form, layer.spec(), weight)
+        stored_weight = StoredWeight(layer.format_name, layer.format_params(), weight)
         if weight.name in self.put_layers:
             self.installed.take_back(weight)
         self._untie(weight)
@@ -141,18 +141,18 @@ class BlockView:
             again = weight.name in self.errors
             self.errors[weight.name] = None if again else relative_distance(rebuilt, target)
             target.copy_(rebuilt)
-        if form.bias is not None:
-            parameter = self.structure.bindings.parameter_of()[form.bias]
+        if stored_weight.bias is not None:
+            parameter = self.structure.bindings.parameter_of()[stored_weight.bias]
             self.structure.model.get_parameter(parameter).data.copy_(layer.vector(self.dtype))
         if not layer.weight_only:
             self.installed.install(weight, layer.to(self.device))
         stored = sum(tensor.nbytes for tensor in layer.tensors().values())
         if self.mapped is not None and weight.expert is not None:  # until the block is written
             kept = {suffix: self.mapped.keep(tensor) for suffix, tensor in layer.tensors().items()}
-            layer = layer.from_tensors(layer.spec(), kept)
+            layer = layer.from_tensors(layer.format_params(), kept)
             return_freed_memory()  # 1.5 MB of the heap stayed unused for each expert of 0.5 MB
-        self.put_layers[weight.name] = (form, layer)
-        self._record(weight, layer.form, layer.spec(), stored, record)
+        self.put_layers[weight.name] = (stored_weight, layer)
+        self._record(weight, layer.format_name, layer.format_params(), stored, record)
 
     def keep(self, weight: Weight, **record: Any) -> None:
         assert self.is_open and weight.name not in self.put_layers, "a weight that was put can't be kept dense"
@@ -167,7 +167,11 @@ class BlockView:
 
     def write(self, parameter: str, value: Tensor) -> None:
         target = self._own_parameter(parameter).data
-        stored = [form.weight.name for form, _ in self.put_layers.values() if form.weight.parameter == parameter]
+        stored = [
+            stored_weight.weight.name
+            for stored_weight, _ in self.put_layers.values()
+            if stored_weight.weight.parameter == parameter
+        ]
         assert self.is_open and not stored, f"{parameter} can't be written, {stored or 'the pass decides'}"
         assert value.shape == target.shape, f"{parameter}: {tuple(value.shape)}, it is {tuple(target.shape)}"
         target.copy_(value)
@@ -206,7 +210,9 @@ class BlockView:
         assert name in self.structure.parameters_of(self.number), f"{name} is no parameter of this part"
         return self.structure.model.get_parameter(name)
 
-    def _record(self, weight: Weight, form: str, spec: dict[str, Any], size: int, more: dict[str, Any]) -> None:
+    def _record(
+        self, weight: Weight, format_name: str, format_params: dict[str, Any], size: int, more: dict[str, Any]
+    ) -> None:
         now = time.perf_counter()
         self.progress(weight.name, 1.0)
         self.records = [known for known in self.records if known.name != weight.name]  # a weight may be put again
@@ -214,8 +220,8 @@ class BlockView:
             WeightRecord(
                 name=weight.name,
                 part=self.number,
-                form=form,
-                spec=spec,
+                format_name=format_name,
+                format_params=format_params,
                 shape=weight.shape,
                 role=weight.role,
                 bytes_after=size,

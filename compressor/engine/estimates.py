@@ -50,14 +50,14 @@ CHILD_COPIES = 2  # the same for processes that evaluate and verify: a block of 
 SOME_HASH = "f" * 64  # the data is not read here; every hash has this length
 
 
-def stored_tensors(form: StoredWeight, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
+def stored_tensors(stored: StoredWeight, dtype: torch.dtype) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
     """Name, dtype, shape and bytes of each tensor of a weight in its format."""
-    layer = find_layer(form.form)
-    for suffix, (kind, shape) in layer.planned(form.weight.shape, form.spec, dtype).items():
+    layer = find_layer(stored.format_name)
+    for suffix, (kind, shape) in layer.planned(stored.weight.shape, stored.format_params, dtype).items():
         size = kind.itemsize
         for length in shape:
             size *= length
-        yield f"{form.weight.name}.{suffix}", kind, shape, size
+        yield f"{stored.weight.name}.{suffix}", kind, shape, size
 
 
 def planned_tensors(
@@ -99,9 +99,9 @@ def predict_sizes(
     untied: bool,
 ) -> Sizes:
     """Bytes of the artifact, and of the memory and disk that the run needs."""
-    stored = {name: form for name, form in formats.forms.items() if name not in formats.counted_dense}
+    stored = {name: format_name for name, format_name in formats.formats.items() if name not in formats.counted_dense}
     weights = _weight_file_bytes(planned_tensors(structure, functions, stored, untied), recipe.export.shard_bytes)
-    side = _side_file_bytes(recipe, structure, list(formats.forms.values()), export_format, untied)
+    side = _side_file_bytes(recipe, structure, list(formats.formats.values()), export_format, untied)
     limit, experts = limit_bytes(recipe.limits.memory), mappable_experts(structure)
     sweep, spilled = _sweep_memory(recipe, structure, reshapes, selected), 0
     maps = sweep.held > limit and any(experts.parts) and _can_map_experts(recipe)
@@ -139,16 +139,18 @@ def _weight_file_bytes(tensors: list[Named], shard_bytes: int) -> int:
 
 
 def _side_file_bytes(
-    recipe: Recipe, structure: Structure, forms: list[StoredWeight], export_format: ExportFormat, untied: bool
+    recipe: Recipe, structure: Structure, formats: list[StoredWeight], export_format: ExportFormat, untied: bool
 ) -> int:
     """Bytes of config.json, recipe.yaml, the modeling file (if the export format has one) and files of the source."""
     config = artifact_config(
-        structure.checkpoint.carried_config, export_format, forms, structure.model, "bfloat16", untied
+        structure.checkpoint.carried_config, export_format, formats, structure.model, "bfloat16", untied
     )
     pinned = recipe.pinned(SOME_HASH if recipe.reads_data else None, SOME_HASH)
     side = len(json.dumps(config, indent=2)) + len(pinned.to_yaml().encode())
     if export_format.name == "custom":
-        side += len(modeling_source(structure.model, (form.form for form in forms), experts=has_experts(forms)))
+        side += len(
+            modeling_source(structure.model, (stored.format_name for stored in formats), experts=has_experts(formats))
+        )
     checkpoint = structure.checkpoint
     return side + sum((checkpoint.directory / path).stat().st_size for path in checkpoint.side_files.carried)
 

@@ -51,21 +51,21 @@ class AliveEvent(TypedDict):
 
 
 class SweepEvent(TypedDict):
-    """A sweep begins. units: number of parts; passes: names of its steps"""
+    """A sweep begins. parts: number of parts; passes: names of its steps"""
 
     event: Literal["sweep"]
     sweep: int
-    units: int
+    parts: int
     passes: list[str]
 
 
 class PartEvent(TypedDict):
-    """A sweep has finished a part of the model. unit: number of the part; units: number of all parts"""
+    """A sweep has finished a part of the model. part: its number; parts: number of all parts"""
 
-    event: Literal["unit"]
+    event: Literal["part"]
     sweep: int
-    unit: int
-    units: int
+    part: int
+    parts: int
     name: str
     seconds: float
 
@@ -88,14 +88,14 @@ class DecideEvent(_OfPass):
 class ProgressEvent(TypedDict):
     """A pass is at work inside a part, or on a choice over the whole model.
 
-    unit   number of the part
+    part   number of the part
     what   a weight, or a step of a choice
     share  how much of it is done, from 0 to 1; None if that is unknown
     """
 
     event: Literal["progress"]
     sweep: int
-    unit: int
+    part: int
     what: str
     share: float | None
 
@@ -138,13 +138,13 @@ class Progress:
 
     emit: Emit
     clock: Callable[[], float] = time.monotonic
-    told: float = float("-inf")
+    reported: float = float("-inf")
 
-    def __call__(self, sweep: int, unit: int, what: str, share: float | None = None) -> None:
+    def __call__(self, sweep: int, part: int, what: str, share: float | None = None) -> None:
         now = self.clock()
-        if now - self.told >= PROGRESS_SECONDS:
-            self.told = now
-            self.emit({"event": "progress", "sweep": sweep, "unit": unit, "what": what, "share": share})
+        if now - self.reported >= PROGRESS_SECONDS:
+            self.reported = now
+            self.emit({"event": "progress", "sweep": sweep, "part": part, "what": what, "share": share})
 
 
 def warning_event(notice: Notice) -> WarningEvent:

@@ -34,7 +34,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.work: Path | None = None
-        self.told = threading.Event()
+        self.requested = threading.Event()
         self._asked, self._is_closed = threading.Event(), False
         self._lock = threading.RLock()  # the signal handler may run inside `close`, in the same thread
 

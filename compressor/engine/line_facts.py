@@ -25,8 +25,8 @@ class WeightRecord:
 
     name: str
     part: int
-    form: str
-    spec: Mapping[str, Any]
+    format_name: str
+    format_params: Mapping[str, Any]
     shape: tuple[int, ...]
     role: str
     bytes_after: int
@@ -48,8 +48,8 @@ class StepRecord:
             "pass": self.pass_name,
             "name": self.weight.name,
             "part": self.weight.part,
-            "form": self.weight.form,
-            "spec": self.weight.spec,
+            "form": self.weight.format_name,
+            "spec": self.weight.format_params,
             "shape": list(self.weight.shape),
             "role": self.weight.role,
             "bytes_after": self.weight.bytes_after,
@@ -64,8 +64,8 @@ class StepRecord:
         weight = WeightRecord(
             name=own.pop("name"),
             part=own.pop("part"),
-            form=own.pop("form"),
-            spec=own.pop("spec"),
+            format_name=own.pop("form"),
+            format_params=own.pop("spec"),
             shape=tuple(own.pop("shape")),
             role=own.pop("role"),
             bytes_after=own.pop("bytes_after"),
@@ -79,14 +79,14 @@ class StepRecord:
 class LineFacts:
     """What every line has.
 
-    forms            weight name -> its format, for one part
+    formats          weight name -> its format, for one part
     records          the weights that steps have put or kept
     relative_errors  relative error of each stored weight after it is dequantized; None if the line doesn't belong to a
                      part of a sweep that stores weights
     written          relative errors of dense parameters that have new values
     """
 
-    forms: Mapping[str, StoredWeight] = field(default_factory=dict)
+    formats: Mapping[str, StoredWeight] = field(default_factory=dict)
     records: tuple[StepRecord, ...] = ()
     warnings: tuple[Notice, ...] = ()
     relative_errors: Mapping[str, float | None] | None = None
@@ -94,7 +94,7 @@ class LineFacts:
 
     def to_json(self) -> dict[str, Any]:
         values = {
-            "forms": {name: form.to_dict() for name, form in self.forms.items()},
+            "forms": {name: stored.to_dict() for name, stored in self.formats.items()},
             "records": [record.to_json() for record in self.records],
             "warnings": [notice.to_json() for notice in self.warnings],
         }

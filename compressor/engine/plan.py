@@ -45,7 +45,7 @@ from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, read_structure
 from compressor.model.token_limit import limit_of
 from compressor.model.trusted_code import auto_map, file_of, is_model_entry
-from compressor.model.unused_tensors import TELLS
+from compressor.model.unused_tensors import WHY_UNUSED
 from compressor.protocol import Fact, RewritePass, TokenPass
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.yaml_source import dotted
@@ -122,12 +122,12 @@ def _with_storing_steps(
     selected = without_odd_widths(recipe, selected, findings)
     formats = follow_formats(recipe, structure, selected, findings)
     producers = _find_producers(recipe, structure, selected, findings)
-    _check_shared_tables(structure, formats.forms, findings)
-    untied = _unties_head(structure, formats.forms, findings)
-    export_format = _export_format(recipe, structure, list(formats.forms.values()), tries_loaders, findings)
+    _check_shared_tables(structure, formats.formats, findings)
+    untied = _unties_head(structure, formats.formats, findings)
+    export_format = _export_format(recipe, structure, list(formats.formats.values()), tries_loaders, findings)
     sizes = Sizes()
     if export_format is not None:
-        _check_config(structure, export_format, list(formats.forms.values()), untied, findings)
+        _check_config(structure, export_format, list(formats.formats.values()), untied, findings)
         sizes = predict_sizes(recipe, structure, reshapes, selected, functions, formats, export_format, untied)
         if sizes.maps_experts:
             largest = max(mappable_experts(structure).parts)
@@ -146,7 +146,7 @@ def _with_storing_steps(
         reshapes=reshapes,
         selected=selected,
         functions=functions,
-        forms=formats.forms,
+        formats=formats.formats,
         counted_dense=formats.counted_dense,
         rows=formats.rows,
         skipped=skipped_weights(structure, selected),
@@ -246,24 +246,26 @@ def _find_producers(recipe: Recipe, structure: Structure, selected: Selected, fi
     return producers
 
 
-def _check_shared_tables(structure: Structure, forms: Mapping[str, StoredWeight], findings: Findings) -> None:
+def _check_shared_tables(structure: Structure, formats: Mapping[str, StoredWeight], findings: Findings) -> None:
     """Add a problem for a stored embedding that the output head multiplies by."""
-    for form in forms.values():
-        other = sharer(form.weight, structure.bindings.tied) if form.weight.role == "embedding" else None
+    for stored in formats.values():
+        other = sharer(stored.weight, structure.bindings.tied) if stored.weight.role == "embedding" else None
         if other is not None:
             findings.problems.append(
                 PreflightError(
                     f"shares its weight with {other}, which multiplies by it and would be left without a weight",
-                    where=form.weight.name,
-                    hint=f'Set except: ["{form.weight.name}"] for this step.',
+                    where=stored.weight.name,
+                    hint=f'Set except: ["{stored.weight.name}"] for this step.',
                     data={"reason": "shared-table", "other": other},
                 )
             )
 
 
-def _unties_head(structure: Structure, forms: Mapping[str, StoredWeight], findings: Findings) -> bool:
+def _unties_head(structure: Structure, formats: Mapping[str, StoredWeight], findings: Findings) -> bool:
     """Whether the output head of the result has its own weight although config.json ties it to the embedding."""
-    shared = [form.weight.parameter for form in forms.values() if form.weight.parameter in structure.bindings.tied]
+    shared = [
+        stored.weight.parameter for stored in formats.values() if stored.weight.parameter in structure.bindings.tied
+    ]
     if shared:
         message = "the output head shares the embedding's weight; it gets its own, and config.json is changed to match"
         findings.warn("untied-head", shared[0], message)
@@ -271,11 +273,11 @@ def _unties_head(structure: Structure, forms: Mapping[str, StoredWeight], findin
 
 
 def _export_format(
-    recipe: Recipe, structure: Structure, forms: list[StoredWeight], tries_loaders: bool, findings: Findings
+    recipe: Recipe, structure: Structure, formats: list[StoredWeight], tries_loaders: bool, findings: Findings
 ) -> ExportFormat | None:
     """The export format; None, with a problem, if no format fits."""
     try:
-        export_format = _tried_export_format(recipe, structure, forms, tries_loaders, findings)
+        export_format = _tried_export_format(recipe, structure, formats, tries_loaders, findings)
     except CompressError as problem:
         findings.problems.append(problem)
         return None
@@ -283,7 +285,9 @@ def _export_format(
         check_loader(export_format.name)
     except CompressError as problem:
         findings.problems.append(problem)
-    if export_format.name == "compressed-tensors" and (asymmetric := [f for f in forms if f.form == "byte_linear"]):
+    if export_format.name == "compressed-tensors" and (
+        asymmetric := [f for f in formats if f.format_name == "byte_linear"]
+    ):
         message = (
             f"{len(asymmetric)} weights have asymmetric 8-bit codes, which transformers can read and vLLM "
             "can't; for vLLM set symmetric: true, or 4 bits"
@@ -293,12 +297,12 @@ def _export_format(
 
 
 def _check_config(
-    structure: Structure, export_format: ExportFormat, forms: list[StoredWeight], untied: bool, findings: Findings
+    structure: Structure, export_format: ExportFormat, formats: list[StoredWeight], untied: bool, findings: Findings
 ) -> None:
     """Add a problem if transformers refuses the config.json of the artifact, or a model of the class made from it."""
     dtype = str(structure.dtype).removeprefix("torch.")
     source = structure.checkpoint.carried_config
-    values = artifact_config(source, export_format, forms, structure.model, dtype, untied)
+    values = artifact_config(source, export_format, formats, structure.model, dtype, untied)
     why = values_misfit(structure, {**values, "model_type": source["model_type"]})
     if why is not None:
         findings.problems.append(
@@ -312,18 +316,18 @@ def _check_config(
 
 
 def _tried_export_format(
-    recipe: Recipe, structure: Structure, forms: list[StoredWeight], tries_loaders: bool, findings: Findings
+    recipe: Recipe, structure: Structure, formats: list[StoredWeight], tries_loaders: bool, findings: Findings
 ) -> ExportFormat:
     """The export format that fits the weights, tried with the model's class. raises PreflightError if there is none"""
     export = recipe.export
-    export_format = choose_export_format(forms, export.format, export.stock_only, structure.model)
+    export_format = choose_export_format(formats, export.format, export.stock_only, structure.model)
     package = FAMILIES[export_format.name].package if export_format.name in FAMILIES else None
-    if not tries_loaders or not forms or (package is not None and find_spec(package) is None):
+    if not tries_loaders or not formats or (package is not None and find_spec(package) is None):
         return export_format
     try:
-        while (why := try_loaders(structure, forms, export_format)) is not None:
+        while (why := try_loaders(structure, formats, export_format)) is not None:
             export_format = next_export_format(
-                export_format, why, forms, export.format, export.stock_only, structure.model
+                export_format, why, formats, export.format, export.stock_only, structure.model
             )
     except NoProbeModel as reason:
         message = (
@@ -368,7 +372,7 @@ def _unused_tensors(
         {
             "name": unused.tensor,
             "bytes": checkpoint.tensors[unused.tensor].nbytes,
-            "reason": TELLS[unused.reason],
+            "reason": WHY_UNUSED[unused.reason],
             "carried": unused.is_carried and unused.tensor in carried,
         }
         for unused in bindings.unused

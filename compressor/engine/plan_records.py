@@ -67,7 +67,7 @@ class UnusedRow(TypedDict):
     carried: bool
 
 
-class RouteRow(TypedDict):
+class ExportFormatRow(TypedDict):
     """An export format, and the reason for it."""
 
     name: str
@@ -85,7 +85,7 @@ class PlanJson(TypedDict):
     skipped: list[SkippedRow]
     problems: list[ErrorEvent]
     warnings: list[WarningRow]
-    route: RouteRow | None
+    route: ExportFormatRow | None
     untied_head: bool
     side_files: SideFilesRow
     unused_tensors: list[UnusedRow]
@@ -174,12 +174,12 @@ class PlanRow:
 class Formats:
     """The formats of all weights after all steps.
 
-    forms          weight name -> the format it will have (only weights whose format changes)
+    formats        weight name -> the format it will have (only weights whose format changes)
     counted_dense  those of them that may stay dense (`WeightPass.alternatives`) and would then be larger
     """
 
     rows: tuple[PlanRow, ...]
-    forms: Mapping[str, StoredWeight]
+    formats: Mapping[str, StoredWeight]
     counted_dense: frozenset[str]
 
 
@@ -206,7 +206,7 @@ class Plan:
     source         the model as it was given
     structure      the model for the steps that store weights: the source, or the model after `reshapes`
     selected       step path -> the weights that the step changes
-    forms          weight name -> the format it will have (only weights whose format changes)
+    formats        weight name -> the format it will have (only weights whose format changes)
     counted_dense  those of them that may stay dense (`WeightPass.alternatives`) and would then be larger
     functions      activations, norms and softmax, if any step selects them
     unused         tensors of the source that fill no parameter of the model: name, bytes, reason, whether copied
@@ -221,7 +221,7 @@ class Plan:
     reshapes: tuple[Reshape, ...]
     selected: Selected
     functions: Functions
-    forms: Mapping[str, StoredWeight]
+    formats: Mapping[str, StoredWeight]
     counted_dense: frozenset[str]
     rows: tuple[PlanRow, ...]
     skipped: tuple[SkippedRow, ...]
@@ -273,7 +273,7 @@ class Plan:
             "skipped": list(self.skipped),
             "problems": [problem.event() for problem in self.problems],
             "warnings": [notice.to_json() for notice in self.warnings],
-            "route": None if self.export_format is None else route_row(self.export_format),
+            "route": None if self.export_format is None else export_format_row(self.export_format),
             "untied_head": self.untied,
             "side_files": self.source.checkpoint.side_files.to_json(),
             "unused_tensors": list(self.unused),
@@ -293,7 +293,7 @@ class DecidedPlan(Plan):
     """
 
 
-def route_row(export_format: ExportFormat) -> RouteRow:
+def export_format_row(export_format: ExportFormat) -> ExportFormatRow:
     return {"name": export_format.name, "reason": export_format.reason}
 
 

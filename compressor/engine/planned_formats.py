@@ -30,14 +30,14 @@ KINDS = {
 def follow_formats(recipe: Recipe, structure: Structure, selected: Selected, findings: Findings) -> Formats:
     """The format of each weight before and after each step, and after all steps."""
     rows: list[PlanRow] = []
-    forms: dict[str, StoredWeight] = {}
+    formats: dict[str, StoredWeight] = {}
     counted_dense: set[str] = set()
     stored_by: dict[str, Step] = {}
     for number, step in enumerate(recipe.steps):
         settings = step.settings
         if not isinstance(settings, WeightPass):
             continue
-        before = {weight.name: _format_of(weight, forms) for weight in selected[step.path]}
+        before = {weight.name: _format_of(weight, formats) for weight in selected[step.path]}
         accepts = settings.traits.accepts
         for weight in selected[step.path]:
             name = weight.name
@@ -47,12 +47,12 @@ def follow_formats(recipe: Recipe, structure: Structure, selected: Selected, fin
             dense_bytes = after = math.prod(weight.shape) * structure.dtype.itemsize if weight.shape else 0
             if stored != DENSE:
                 try:
-                    forms[name] = _stored_weight(step, settings, weight, stored, structure.bindings.tied)
+                    formats[name] = _stored_weight(step, settings, weight, stored, structure.bindings.tied)
                 except CompressError as problem:
                     findings.problems.append(problem)
                     continue
                 stored_by[name] = step
-                after = sum(size for *_, size in stored_tensors(forms[name], structure.dtype))
+                after = sum(size for *_, size in stored_tensors(formats[name], structure.dtype))
                 if dense_bytes > after and _may_stay_dense(settings, weight):
                     counted_dense.add(name)
                     after = dense_bytes
@@ -61,11 +61,11 @@ def follow_formats(recipe: Recipe, structure: Structure, selected: Selected, fin
         if refused := [name for name, found in before.items() if found not in accepts]:
             findings.problems.append(_stored_already(step, refused, stored_by[refused[0]]))
         findings.problems += _problems_with(step, settings, selected[step.path])
-    return Formats(tuple(rows), forms, frozenset(counted_dense))
+    return Formats(tuple(rows), formats, frozenset(counted_dense))
 
 
-def _format_of(weight: Weight, forms: dict[str, StoredWeight]) -> str:
-    return forms[weight.name].form if weight.name in forms else DENSE
+def _format_of(weight: Weight, formats: dict[str, StoredWeight]) -> str:
+    return formats[weight.name].format_name if weight.name in formats else DENSE
 
 
 def _may_stay_dense(settings: WeightPass, weight: Weight) -> bool:
@@ -78,7 +78,7 @@ def _stored_weight(step: Step, settings: WeightPass, weight: Weight, stored: str
         raise _unfit(step, stored, weight)
     if weight.parameter in tied and _may_stay_dense(settings, weight):
         raise _undecided_tie(step, weight, tied[weight.parameter])
-    return StoredWeight(stored, settings.spec(weight) or {}, weight)
+    return StoredWeight(stored, settings.format_params(weight) or {}, weight)
 
 
 def _problems_with(step: Step, settings: WeightPass, chosen: Sequence[Weight]) -> list[CompressError]:

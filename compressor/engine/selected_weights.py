@@ -84,7 +84,7 @@ def _of_even_widths(step: Step, chosen: Sequence[Weight], findings: Findings) ->
         if not isinstance(settings, WeightPass) or weight.is_function or settings.stored(weight) in (None, DENSE):
             continue
         try:
-            settings.spec(weight)
+            settings.format_params(weight)
         except WidthError:
             why = f"no group size divides its {weight.in_features} inputs"
             reasons[weight.name] = Because(why, reason="odd-width", inputs=weight.in_features)

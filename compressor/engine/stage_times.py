@@ -125,7 +125,9 @@ def _storing_work(plan: Plan, steps: Sequence[Step], after: Sequence[PartWork]) 
     sizes = [data_size(plan.recipe, [step], structure) for step in steps]
     tokens = max((size.tokens for size in sizes), default=0)
     # A batch that a pass has read is paused in the block and goes on from there, unless a layer replaces a module.
-    replacing = {name for name, form in plan.forms.items() if not find_layer(form.form).weight_only}
+    replacing = {
+        name for name, stored_weight in plan.formats.items() if not find_layer(stored_weight.format_name).weight_only
+    }
     deciding = sum(2 * size.tokens for step, size in zip(steps, sizes, strict=True) if step.settings.decides)
     parts: list[Work | None] = []
     for number, part in enumerate(after):
@@ -211,7 +213,9 @@ def _is_custom(plan: Plan) -> bool:
 
 def _stored_values(plan: Plan) -> float:
     """Number of the weights that are stored in another format."""
-    return float(sum(math.prod(form.weight.shape) for form in plan.forms.values() if not form.weight.is_function))
+    return float(
+        sum(math.prod(stored.weight.shape) for stored in plan.formats.values() if not stored.weight.is_function)
+    )
 
 
 def predict_stages(plan: Plan, measure: bool, device: torch.device) -> list[PredictedStage] | None:

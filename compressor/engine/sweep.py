@@ -64,16 +64,16 @@ def _run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
                 files = stored.files
     if not files:  # no sweep has written a part
         stored = run_weight_sweep(sweeper, len(sweeps), (), stored)
-        return stored.files, stored.forms
+        return stored.files, stored.formats
     if not isinstance(sweeps[-1][0].settings, WeightPass):
         _run_probe(sweeper, stored)
-    return files, stored.forms
+    return files, stored.formats
 
 
 def _prepare(sweeper: Sweeper) -> None:
     """Prepare the current model for the formats of the steps that store weights."""
-    for form in sorted({form.form for form in sweeper.plan.forms.values()}):
-        find_layer(form).prepare(sweeper.structure.model)
+    for stored in sorted({stored.format_name for stored in sweeper.plan.formats.values()}):
+        find_layer(stored).prepare(sweeper.structure.model)
 
 
 def _begin_reshape(sweeper: Sweeper, number: int, step: Step, before: Written) -> Reshape:
@@ -109,7 +109,7 @@ def _gate_tokens(sweeper: Sweeper, number: int, step: Step, before: Written) -> 
     """Let a step add token gates to blocks. The weights stay as they are."""
     reshape = _begin_reshape(sweeper, number, step, before)
     sweeper.structure, sweeper.needs = with_token_gates(sweeper.structure, reshape.redefinition), {}
-    if before.forms:
+    if before.formats:
         _prepare(sweeper)
 
 

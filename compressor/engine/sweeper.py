@@ -63,7 +63,7 @@ class Sweeper:
     def begin(self, number: int, steps: tuple[Step, ...]) -> None:
         """Report the beginning of a sweep."""
         parts, passes = self.structure.block_count + 2, [step.name for step in steps]
-        self.emit({"event": "sweep", "sweep": number, "units": parts, "passes": passes})
+        self.emit({"event": "sweep", "sweep": number, "parts": parts, "passes": passes})
 
     def batches(self, steps: tuple[Step, ...]) -> list[CalibrationBatch]:
         """Calibration batches before the embeddings (none if no step reads inputs), and the probe batch at the end."""

@@ -58,30 +58,30 @@ class NoProbeModel(Exception):
     """No probe model of the class could be made, or none is small enough. The message is about the last attempt."""
 
 
-def try_loaders(structure: Structure, forms: Sequence[StoredWeight], export_format: ExportFormat) -> str | None:
+def try_loaders(structure: Structure, formats: Sequence[StoredWeight], export_format: ExportFormat) -> str | None:
     """Why an artifact of these weights in this export format can't load or computes other values; None if it works.
 
     Only the formats of `EXAMPLES` are tried. raises NoTwin if no probe model can be made
     """
-    if not {form.form for form in forms} <= EXAMPLES.keys():
+    if not {stored.format_name for stored in formats} <= EXAMPLES.keys():
         return None
     try:
         bars = io.StringIO()  # hides progress bars of libraries, which are about the probe model
         with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch, redirect_stderr(bars):
-            probe = _save_probe_model(structure, forms, Path(scratch) / "probe")
-            return _try(probe, forms, export_format, Path(scratch) / "artifact")
+            probe = _save_probe_model(structure, formats, Path(scratch) / "probe")
+            return _try(probe, formats, export_format, Path(scratch) / "artifact")
     finally:
         logging.enable_progress_bar()
 
 
-def _try(probe: Structure, forms: Sequence[StoredWeight], export_format: ExportFormat, directory: Path) -> str | None:
-    stored = _store(probe, forms, export_format, directory)
+def _try(probe: Structure, formats: Sequence[StoredWeight], export_format: ExportFormat, directory: Path) -> str | None:
+    stored = _store(probe, formats, export_format, directory)
     if not stored:
         return None
     manifest: Loadable = {
         "architecture": probe.architecture,
         "route": export_format.name,
-        "weights": {form.weight.name: form.to_dict() for form in stored},
+        "weights": {stored_weight.weight.name: stored_weight.to_dict() for stored_weight in stored},
         "files": {},
     }
     try:
@@ -112,13 +112,13 @@ def _try(probe: Structure, forms: Sequence[StoredWeight], export_format: ExportF
     return None
 
 
-def _save_probe_model(structure: Structure, forms: Sequence[StoredWeight], directory: Path) -> Structure:
+def _save_probe_model(structure: Structure, formats: Sequence[StoredWeight], directory: Path) -> Structure:
     """Save a small checkpoint of the model's class. raises NoTwin"""
     logging.disable_progress_bar()
     obstacle = ""
     cls = type(structure.model)
     shallow = structure.probes.whole.config
-    for change in _narrowings(shallow, structure, forms):
+    for change in _narrowings(shallow, structure, formats):
         try:
             config = change()
             empty = make_probe_model(cls, config, torch.device("meta"), structure.dtype)
@@ -150,11 +150,11 @@ def _read(directory: Path, structure: Structure) -> Structure:
 
 
 def _narrowings(
-    config: PretrainedConfig, structure: Structure, forms: Sequence[StoredWeight]
+    config: PretrainedConfig, structure: Structure, formats: Sequence[StoredWeight]
 ) -> Iterator[Callable[[], PretrainedConfig]]:
     """Configs to try: the narrowest first, the config itself last."""
     sizes = {size for parameter in structure.model.parameters() for size in parameter.shape}
-    inputs = [form.weight.in_features for form in forms if not form.weight.is_function]
+    inputs = [stored.weight.in_features for stored in formats if not stored.weight.is_function]
     factor = 1
     while inputs and all(n % (2 * factor * GROUP) == 0 and n // (2 * factor) >= LEAST_WIDTH for n in inputs):
         factor *= 2
@@ -187,10 +187,17 @@ def _divided(cls: type[PreTrainedModel], config: PretrainedConfig, sizes: set[in
 
 
 def _store(
-    probe: Structure, forms: Sequence[StoredWeight], export_format: ExportFormat, directory: Path
+    probe: Structure, formats: Sequence[StoredWeight], export_format: ExportFormat, directory: Path
 ) -> list[StoredWeight]:
     """Write the probe model as an artifact in the planned formats. Returns the stored weights in it."""
-    planned = {(form.weight.parameter, form.weight.expert, form.weight.rows is not None): form for form in forms}
+    planned = {
+        (
+            stored_weight.weight.parameter,
+            stored_weight.weight.expert,
+            stored_weight.weight.rows is not None,
+        ): stored_weight
+        for stored_weight in formats
+    }
     directory.mkdir()
     tensors = {
         name: value
@@ -199,16 +206,18 @@ def _store(
     }
     stored = []
     for _, weight in probe.weights():
-        form = planned.get((weight.parameter, weight.expert, weight.rows is not None))
-        if form is None or weight.tensor not in tensors:
+        stored_weight = planned.get((weight.parameter, weight.expert, weight.rows is not None))
+        if stored_weight is None or weight.tensor not in tensors:
             continue
         take = tensors.__getitem__ if weight.is_slice else tensors.pop
-        made = _example(form, read_matrix(weight, probe.bindings, take, probe.model).float(), probe.dtype)
-        stored.append(StoredWeight(made.form, made.spec(), replace(weight, facts=form.weight.facts)))
+        made = _example(stored_weight, read_matrix(weight, probe.bindings, take, probe.model).float(), probe.dtype)
+        stored.append(
+            StoredWeight(made.format_name, made.format_params(), replace(weight, facts=stored_weight.weight.facts))
+        )
         tensors |= {f"{weight.name}.{suffix}": value.contiguous() for suffix, value in made.tensors().items()}
     if not stored:
         return []
-    slices = [form for form in stored if form.weight.is_slice]
+    slices = [stored_weight for stored_weight in stored if stored_weight.weight.is_slice]
     for name in replaced_tensors(slices, probe.checkpoint):
         del tensors[name]
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -216,45 +225,49 @@ def _store(
     config = artifact_config(probe.checkpoint.config, export_format, stored, probe.model, dtype, untied=False)
     write_json(directory / "config.json", config)
     if export_format.name == "custom":
-        text = modeling_source(probe.model, (form.form for form in stored), experts=has_experts(stored))
+        text = modeling_source(
+            probe.model, (stored_weight.format_name for stored_weight in stored), experts=has_experts(stored)
+        )
         (directory / f"modeling_{config['model_type']}.py").write_text(text)
     seal(
         directory,
         architecture=probe.architecture,
         export_format=export_format,
-        forms=stored,
+        formats=stored,
         source={"name": "probe", "sha256": "0" * 64},
     )
     return stored
 
 
-def _example(form: StoredWeight, matrix: torch.Tensor, dtype: torch.dtype) -> Layer:
-    spec = dict(form.spec)
-    if spec.get("group_size", -1) != -1:
-        spec["group_size"] = GROUP if matrix.shape[1] % GROUP == 0 else -1
-    return EXAMPLES[form.form](matrix, spec, dtype)
+def _example(stored: StoredWeight, matrix: torch.Tensor, dtype: torch.dtype) -> Layer:
+    format_params = dict(stored.format_params)
+    if format_params.get("group_size", -1) != -1:
+        format_params["group_size"] = GROUP if matrix.shape[1] % GROUP == 0 else -1
+    return EXAMPLES[stored.format_name](matrix, format_params, dtype)
 
 
-def _codes(matrix: torch.Tensor, spec: dict[str, Any], dtype: torch.dtype) -> Layer:
-    width = matrix.shape[1] if spec["group_size"] == -1 else spec["group_size"]
+def _codes(matrix: torch.Tensor, format_params: dict[str, Any], dtype: torch.dtype) -> Layer:
+    width = matrix.shape[1] if format_params["group_size"] == -1 else format_params["group_size"]
     grouped = matrix.reshape(len(matrix), -1, width)
-    grid = find_grid(grouped, spec["bits"], spec["symmetric"], "minmax", dtype)
+    grid = find_grid(grouped, format_params["bits"], format_params["symmetric"], "minmax", dtype)
     codes, scale = quantize(grouped, grid).reshape(matrix.shape).to(torch.int8), grid.scale.to(dtype)
-    zero = None if spec["symmetric"] else grid.zero_point.to(torch.int8)
-    if spec["bits"] == 8 and zero is not None and not spec.get("act_order_index"):
-        return ByteLinear.from_tensors(spec, {"weight": codes, "weight_scale": scale, "weight_zero_point": zero})
-    index = torch.arange(matrix.shape[1]) // width if spec.pop("act_order_index", False) else None
-    return PackedLinear.pack(codes, scale, zero, **spec, index=index)
+    zero = None if format_params["symmetric"] else grid.zero_point.to(torch.int8)
+    if format_params["bits"] == 8 and zero is not None and not format_params.get("act_order_index"):
+        return ByteLinear.from_tensors(
+            format_params, {"weight": codes, "weight_scale": scale, "weight_zero_point": zero}
+        )
+    index = torch.arange(matrix.shape[1]) // width if format_params.pop("act_order_index", False) else None
+    return PackedLinear.pack(codes, scale, zero, **format_params, index=index)
 
 
-def _int8_rows(matrix: torch.Tensor, spec: dict[str, Any], dtype: torch.dtype) -> Layer:
-    columns = torch.arange(spec["outlier_columns"]) if spec["outliers"] == "calibrated" else None
-    return Int8SplitLinear.pack(matrix, spec["threshold"], dtype, columns)
+def _int8_rows(matrix: torch.Tensor, format_params: dict[str, Any], dtype: torch.dtype) -> Layer:
+    columns = torch.arange(format_params["outlier_columns"]) if format_params["outliers"] == "calibrated" else None
+    return Int8SplitLinear.pack(matrix, format_params["threshold"], dtype, columns)
 
 
 # form -> (weight, settings, dtype of the model) -> the weight in that format, by round-to-nearest
 EXAMPLES: dict[str, Callable[[torch.Tensor, dict[str, Any], torch.dtype], Layer]] = {
-    PackedLinear.form: _codes,
-    ByteLinear.form: _codes,
-    Int8SplitLinear.form: _int8_rows,
+    PackedLinear.format_name: _codes,
+    ByteLinear.format_name: _codes,
+    Int8SplitLinear.format_name: _int8_rows,
 }

@@ -94,24 +94,28 @@ class Written:
     """The model that a sweep wrote. Without files it is still the model of the checkpoint.
 
     files    part files, in order
-    forms    weight name -> its format, only weights that are stored
+    formats  weight name -> its format, only weights that are stored
     written  dense parameters that a pass has given new values
     """
 
     files: list[Path] = field(default_factory=list)
-    forms: dict[str, StoredWeight] = field(default_factory=dict)
+    formats: dict[str, StoredWeight] = field(default_factory=dict)
     written: set[str] = field(default_factory=set)
 
     def source(self, structure: Structure, number: int) -> PartSource:
         """Where a part's tensors lie, and the formats in it."""
-        whole = PartSource(structure, self.files[number] if self.files else None, self.forms)
-        return PartSource(structure, whole.file, part_forms(whole, number))
+        whole = PartSource(structure, self.files[number] if self.files else None, self.formats)
+        return PartSource(structure, whole.file, part_formats(whole, number))
 
 
-def part_forms(source: PartSource, number: int) -> dict[str, StoredWeight]:
+def part_formats(source: PartSource, number: int) -> dict[str, StoredWeight]:
     """The formats in this part, out of all formats that the source knows."""
-    names = source.names(number) if source.forms else []
-    return {name: form for name, form in source.forms.items() if any(t.startswith(name + ".") for t in names)}
+    names = source.names(number) if source.formats else []
+    return {
+        name: format_name
+        for name, format_name in source.formats.items()
+        if any(t.startswith(name + ".") for t in names)
+    }
 
 
 @dataclass(frozen=True)
@@ -172,10 +176,10 @@ def load_part(
 def part_event(structure: Structure, sweep: int, part: Part, seconds: float) -> PartEvent:
     """The event of a part that a sweep has finished."""
     return {
-        "event": "unit",
+        "event": "part",
         "sweep": sweep,
-        "unit": part.number,
-        "units": structure.block_count + 2,
+        "part": part.number,
+        "parts": structure.block_count + 2,
         "name": part_name(structure, part.number),
         "seconds": seconds,
     }

@@ -17,7 +17,7 @@ from compressor.engine.decisions import decide
 from compressor.engine.events import warning_event
 from compressor.engine.line_facts import LineFacts, StepRecord
 from compressor.engine.sweeper import Sweeper
-from compressor.engine.walk import Part, Written, part_event, part_forms, walk
+from compressor.engine.walk import Part, Written, part_event, part_formats, walk
 from compressor.errors import Notice, PassError
 from compressor.layers.base import Layer
 from compressor.model.facts import Decision
@@ -65,7 +65,7 @@ class StoringSweep:
         """Where a part lies now: as this sweep stored it, or as it was before this sweep."""
         if (line := self.line(part)) is None:
             return self.source_before(part)
-        return PartSource(self.sweeper.structure, self.sweeper.journal.path(line), dict(LineFacts.of(line).forms))
+        return PartSource(self.sweeper.structure, self.sweeper.journal.path(line), dict(LineFacts.of(line).formats))
 
 
 def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> Written:
@@ -88,7 +88,7 @@ def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], bef
         stored = sweep.source(part.number)
         assert stored.file is not None
         after.files.append(stored.file)
-        after.forms.update(stored.forms)
+        after.formats.update(stored.formats)
         after.written.update(sweep.written(part.number))
         _take_on(sweep, part)
     free_all(structure)
@@ -213,14 +213,14 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
 def _commit(sweep: StoringSweep, part: int, changes: Changes) -> None:
     """Commit a part as the steps have left it."""
     structure, source = sweep.sweeper.structure, sweep.source_before(part)
-    forms = part_forms(source, part) | {name: form for name, (form, _) in changes.put.items()}
+    formats = part_formats(source, part) | {name: format_name for name, (format_name, _) in changes.put.items()}
     values: dict[str, Tensor] = {}
     for name in sorted(changes.written):
         values |= split_parameter(structure, name, structure.model.get_parameter(name).data)
     entries = list(part_entries(part, source, changes.put, {name: t.contiguous() for name, t in values.items()}))
     errors = changes.errors | _errors_of_rescaled(sweep, changes)
     written = _written_errors(sweep, changes)
-    facts = LineFacts(forms, tuple(changes.records), tuple(changes.warnings), errors, written).to_json()
+    facts = LineFacts(formats, tuple(changes.records), tuple(changes.warnings), errors, written).to_json()
     file = f"s{sweep.number:02d}-{part:05d}.safetensors"
     sweep.sweeper.journal.commit(f"{sweep.number}/{part}", file, lambda path: write_file(path, entries), facts)
 
@@ -234,9 +234,9 @@ def _errors_of_rescaled(sweep: StoringSweep, changes: Changes) -> dict[str, floa
     checkpoint, dtype = PartSource(structure), structure.dtype
     rescaled = changes.written | sweep.before.written
     errors: dict[str, float | None] = {}
-    for name, (form, layer) in changes.put.items():
-        if form.weight.parameter in rescaled:
-            meant = read_matrix(form.weight, structure.bindings, checkpoint.read, structure.model)
+    for name, (stored, layer) in changes.put.items():
+        if stored.weight.parameter in rescaled:
+            meant = read_matrix(stored.weight, structure.bindings, checkpoint.read, structure.model)
             errors[name] = relative_distance(layer.matrix(dtype), meant)
     return errors
 
@@ -244,7 +244,11 @@ def _errors_of_rescaled(sweep: StoringSweep, changes: Changes) -> dict[str, floa
 def _written_errors(sweep: StoringSweep, changes: Changes) -> dict[str, float]:
     """Distance of each dense parameter with new values from the checkpoint's parameter."""
     structure = sweep.sweeper.structure
-    stored = {form.weight.parameter for form, _ in changes.put.values() if form.weight.expert is None}
+    stored = {
+        stored_weight.weight.parameter
+        for stored_weight, _ in changes.put.values()
+        if stored_weight.weight.expert is None
+    }
     checkpoint, model = PartSource(structure), structure.model
     return {
         name: relative_distance(

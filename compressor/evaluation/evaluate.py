@@ -155,7 +155,10 @@ def _kernel_speed_rows(
     kernels: list[KernelRow] | None = None
     values: dict[str, float | None] = dict.fromkeys(RATES[:2])
     unfit = {
-        side: told for row in speed.values() for side, told in row.get("unmeasured", {}).items() if side == "before"
+        side: message
+        for row in speed.values()
+        for side, message in row.get("unmeasured", {}).items()
+        if side == "before"
     }
     if reason := _does_not_fit(common, after, kernels=True):
         unfit["after"] = reason

@@ -190,7 +190,9 @@ def _gate_intervals(
         before = metric.drawn(before_means)
         drawn |= {"increase_percent": 100 * (after / before - 1), "drop_points": 100 * (before - after)}
     tails = ((1 - confidence) / 2, (1 + confidence) / 2)
-    return {form: [_finite(float, float(values.quantile(q))) for q in tails] for form, values in drawn.items()}
+    return {
+        format_name: [_finite(float, float(values.quantile(q))) for q in tails] for format_name, values in drawn.items()
+    }
 
 
 def unmeasured(names: Iterable[str], reason: str) -> dict[str, MetricRow]:

@@ -91,7 +91,7 @@ def sums_by_parts(
             stack.enter_context(without_cache(streamed.model))
             folder = None if spill is None else SpillFolder(spill / name)
             inputs = [stacked if samples.is_text else stacked.to(streamed.model.dtype) for _, stacked in batches]
-            with _told():
+            with _naming_memory():
                 sides.append(_run_blocks(streamed, inputs, folder))
         for side in sides:
             stack.enter_context(side.streamed.keeping())
@@ -103,7 +103,7 @@ def sums_by_parts(
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _naming_memory() -> Iterator[None]:
     """raises NotInParts for any error of a model's own code, PassError if memory or disk ran out"""
     try:
         yield

@@ -58,7 +58,7 @@ def _draw_errors(weights: list[WeightRow]) -> Any:
     colours = matplotlib.colormaps["tab10"]
     for number, kind in enumerate(kinds):
         chosen = [weight for weight in weights if weight["name"].rpartition(".")[2] == kind]
-        x = [weight["unit"] - 1 for weight in chosen]
+        x = [weight["part"] - 1 for weight in chosen]
         axes.plot(
             x, [error_of(weight) for weight in chosen], "o-", ms=4, lw=1.2, label=kind, color=colours(number % 10)
         )
@@ -114,7 +114,7 @@ def _draw_outliers(inputs: list[WeightRow]) -> Any:
         for number, kind in enumerate(kinds):
             chosen = [row for row in inputs if row["name"].rpartition(".")[2] == kind]
             values = [value_of(row) for row in chosen]
-            x = [row["unit"] - 1 for row in chosen]
+            x = [row["part"] - 1 for row in chosen]
             axes.plot(x, values, "o-", ms=4, lw=1.2, label=f"input of {kind}", color=colours(number % 10))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="block", ylabel=label, ylim=(0, None))

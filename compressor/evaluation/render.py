@@ -22,12 +22,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 def unmeasured_speed(report: AnyReport) -> list[tuple[str, str]]:
     """(side, why) of each model whose speed was not measured."""
     found = [
-        (("before", "after", "of the kernels").index(side), side, told)
+        (("before", "after", "of the kernels").index(side), side, message)
         for name, row in report["run"]["speed"].items()
-        for at, told in row.get("unmeasured", {}).items()
+        for at, message in row.get("unmeasured", {}).items()
         for side in ["of the kernels" if name.startswith("kernels_") and at == "after" else at]
     ]
-    return [(side, told) for _, side, told in sorted(set(found))]
+    return [(side, message) for _, side, message in sorted(set(found))]
 
 
 def is_evaluation(report: AnyReport) -> TypeIs[EvaluationReport]:

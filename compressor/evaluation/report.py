@@ -20,7 +20,7 @@ from compressor.artifact.findings import Findings
 from compressor.artifact.modeling_file import VERSION
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.engine.line_facts import LineFacts, StepRecord
-from compressor.engine.plan_records import DecidedPlan, Plan, route_row
+from compressor.engine.plan_records import DecidedPlan, Plan, export_format_row
 from compressor.engine.request import _summary_file
 from compressor.errors import WarningRow
 from compressor.evaluation.render import fill_template, is_evaluation, render_html, render_junit, render_markdown
@@ -84,7 +84,7 @@ def build_report(
         "status": _status(verification, gates),
         "recipe": {"name": recipe.name, "sha256": recipe.sha256, "resolved": recipe.resolved()},
         "model": _model_facts(source, fingerprint["model"], sizes["parameters"], plan.structure),
-        "route": route_row(plan.export_format),
+        "route": export_format_row(plan.export_format),
         "seeds": _seeds(recipe),
         "data": {
             "calibration": None if calibration is None else data_facts(calibration),
@@ -160,9 +160,9 @@ def _weight_rows(plan: Plan, records: Sequence[StepRecord]) -> list[WeightRow]:
             "step": record.step,
             "pass": record.pass_name,
             "name": weight.name,
-            "unit": weight.part,
-            "form": weight.form,
-            "spec": dict(weight.spec),
+            "part": weight.part,
+            "form": weight.format_name,
+            "spec": dict(weight.format_params),
             "shape": list(weight.shape),
             "role": weight.role,
             "fallback": weight.own.get("fallback"),
@@ -178,8 +178,8 @@ def _weight_rows(plan: Plan, records: Sequence[StepRecord]) -> list[WeightRow]:
 def _reference_kernels(records: Sequence[StepRecord]) -> list[KernelRow]:
     """The `kernels` of a run whose speed was not measured."""
     why = "speed was not measured; quality was measured with stock transformers"
-    forms = sorted({record.weight.form for record in records} - {"dense"})
-    return [{"op": form, "chosen": "reference", "why": why} for form in forms]
+    formats = sorted({record.weight.format_name for record in records} - {"dense"})
+    return [{"op": format_name, "chosen": "reference", "why": why} for format_name in formats]
 
 
 def finite(value: Tree) -> Tree:

@@ -10,7 +10,7 @@ from typing import Any, NotRequired, TypedDict
 
 from compressor.artifact.findings import Verification
 from compressor.data.parts import SourcePart
-from compressor.engine.plan_records import ReshapeRow, RouteRow, SkippedRow, UnusedRow
+from compressor.engine.plan_records import ExportFormatRow, ReshapeRow, SkippedRow, UnusedRow
 from compressor.errors import WarningRow
 from compressor.kernels.prepared.prepare import KernelRow
 from compressor.model.side_files import SideFilesRow
@@ -142,7 +142,7 @@ class WeightRow(_OfPass):
 
     step: int
     name: str
-    unit: int
+    part: int
     form: str
     spec: dict[str, Any]
     shape: list[int]
@@ -226,7 +226,7 @@ class Report(TypedDict):
     status: str
     recipe: RecipeRow
     model: ModelFacts
-    route: RouteRow
+    route: ExportFormatRow
     seeds: Seeds
     data: RunData
     sizes: RunSizes

@@ -18,7 +18,7 @@ from compressor.storage.safetensors_file import read_header
 SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # tensors besides the codes
 
 
-def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: Container[str], plan: Plan) -> RunSizes:
+def weight_sizes(checkpoint: Checkpoint, directory: Path, formats: Container[str], plan: Plan) -> RunSizes:
     """Bytes of the weight files before and after, by class of tensor. The totals include the headers."""
     files = sorted(directory.glob("*.safetensors"))
     structure = plan.structure
@@ -30,8 +30,8 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, forms: Container[str],
     matrices = {weight.tensor for _, weight in structure.weights() if weight.role != "embedding"}
     for file in files:
         for name, info in read_header(file).items():
-            stem, _, suffix = name.rpartition(".")
-            if stem in forms and suffix != "bias":
+            module, _, suffix = name.rpartition(".")
+            if module in formats and suffix != "bias":
                 kind = "scales" if SCALES.search(suffix) else "quantized"
             elif parameter.get(name) in embedded:
                 kind = "embedding"

@@ -39,22 +39,22 @@ BUILTIN = {
 }
 
 
-def find_layer(form: str) -> type[Layer]:
+def find_layer(format_name: str) -> type[Layer]:
     """The class of a quantization format. raises ArtifactError naming the known formats"""
-    found = [BUILTIN[form]] if form in BUILTIN else []
-    plugins = [point for point in _plugins(tuple(sys.path)) if point.name == form]
+    found = [BUILTIN[format_name]] if format_name in BUILTIN else []
+    plugins = [point for point in _plugins(tuple(sys.path)) if point.name == format_name]
     if len(found) + len(plugins) > 1:
         raise ArtifactError(
-            f"quantization format {form!r} is defined {len(found) + len(plugins)} times",
+            f"quantization format {format_name!r} is defined {len(found) + len(plugins)} times",
             hint="Uninstall one of: " + ", ".join(point.value for point in plugins),
         )
     if plugins:
         return plugins[0].load()
     if not found:
         raise ArtifactError(
-            f"unknown quantization format {form!r}",
+            f"unknown quantization format {format_name!r}",
             hint="Install the package that defines it, or use one of: dense, " + ", ".join(sorted(BUILTIN)),
-            data={"form": form},
+            data={"format_name": format_name},
         )
     module, _, name = found[0].partition(":")
     return getattr(importlib.import_module(module), name)

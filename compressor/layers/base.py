@@ -49,7 +49,7 @@ def standing_for(layer: type[nn.Module], block: type[nn.Module]) -> type[nn.Modu
 class Layer(nn.Module):
     """One weight (out_features, in_features), or one function of the model, in its quantization format.
 
-    form         the format's name in the manifest and in config.json
+    format_name  the format's name in the manifest and in config.json
     stands_for   the kind of module that it replaces: linear (nn.Linear), embedding (nn.Embedding, whose rows are looked
                  up), activation, norm, or attention (see `compressor.layers.block_attention`). Structural layers
                  replace a block, a module, or a module's attributes (see `compressor.layers.structural.placing`)
@@ -59,7 +59,7 @@ class Layer(nn.Module):
                  custom artifact
     """
 
-    form: ClassVar[str]
+    format_name: ClassVar[str]
     stands_for: ClassVar[str] = "linear"
     weight_only: ClassVar[bool] = True
     helpers: ClassVar[tuple[str, ...]] = ()
@@ -73,7 +73,7 @@ class Layer(nn.Module):
         """Prepare a model before it gets layers of this format. Most formats need nothing."""
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         """The layer with empty tensors of the right shapes, which a loader fills. Also works on the meta device.
 
         shape  (out_features, in_features); of a norm (width,) of its gain; () without a weight
@@ -82,16 +82,16 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def holds_bias(cls, spec: dict[str, Any]) -> bool:
+    def holds_bias(cls, format_params: dict[str, Any]) -> bool:
         """Whether this format stores the weight's bias too, so that the dense bias is dropped."""
         return False
 
     @classmethod
-    def stock(cls, spec: dict[str, Any]) -> Stock | str:
+    def stock(cls, format_params: dict[str, Any]) -> Stock | str:
         """How stock transformers loads this format, or why it can't, as the end of a sentence about the weight."""
-        return f"is stored as {cls.form}, which stock transformers doesn't know"
+        return f"is stored as {cls.format_name}, which stock transformers doesn't know"
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         """JSON parameters that rebuild this layer together with the tensors and the shape."""
         raise NotImplementedError
 
@@ -100,8 +100,10 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
-        """Rebuild the layer from the results of `spec` and `tensors`."""
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
+        """Rebuild the layer from the results of `format_params` and `tensors`."""
         raise NotImplementedError
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
@@ -123,11 +125,11 @@ class Layer(nn.Module):
 
     @classmethod
     def planned(
-        cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype
+        cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Suffix -> (dtype, shape) of the stored tensors of a weight of this shape. Needs no data."""
         with torch.device("meta"):
-            layer = cls.empty(shape, spec, dtype, bias=False)
+            layer = cls.empty(shape, format_params, dtype, bias=False)
         return {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
 
     def vector(self, dtype: torch.dtype) -> Tensor:

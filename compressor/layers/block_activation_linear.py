@@ -25,7 +25,7 @@ from compressor.layers.block_linear import BlockLinear
 class BlockActivationLinear(BlockLinear):
     """Replaces nn.Linear. Quantizes its input block by block, then multiplies by the dequantized weight."""
 
-    form = "block_activation_linear"
+    format_name = "block_activation_linear"
     weight_only = False
     helpers = ("compressor.kernels.ops.blocks", "compressor.layers.block_linear")
     input_exponent: Tensor
@@ -60,8 +60,8 @@ class BlockActivationLinear(BlockLinear):
         limit = 127 * power_of_two(self.input_exponent, torch.float32).repeat_interleave(self.block[1])
         return (x.abs() > limit[: self.in_features]).sum()
 
-    def spec(self) -> dict[str, Any]:
-        return {**super().spec(), "activations": self.activations}
+    def format_params(self) -> dict[str, Any]:
+        return {**super().format_params(), "activations": self.activations}
 
     def tensors(self) -> dict[str, Tensor]:
         found = super().tensors()

@@ -34,7 +34,7 @@ class BlockAttention(Layer):
     bits, block            8 and the length of a block, or None: intermediate results are not quantized
     """
 
-    form = "block_attention"
+    format_name = "block_attention"
     stands_for = "attention"
     weight_only = False
     helpers = ("compressor.kernels.ops.blocks", "compressor.kernels.ops.lookup_tables")
@@ -52,8 +52,8 @@ class BlockAttention(Layer):
         model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(**spec)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(**format_params)
 
     def round(self, x: Tensor) -> Tensor:
         """x, quantized to 8 bits in blocks along its last dimension if `bits` is set."""
@@ -63,7 +63,7 @@ class BlockAttention(Layer):
         """Scores (..., keys) -> the weights of the values, float32."""
         return self.round(softmax(scores, self.table, self.step, self.lookup == "linear"))
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         settings = {"entries": len(self.table), "step": self.step, "lookup": self.lookup}
         return {**settings, "bits": self.bits, "block": self.block}
 
@@ -71,9 +71,11 @@ class BlockAttention(Layer):
         return {"table": self.table}
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         with torch.device("meta"):
-            layer = cls(**spec)
+            layer = cls(**format_params)
         layer.fill(tensors)
         return layer
 

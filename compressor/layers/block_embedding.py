@@ -12,7 +12,7 @@ from compressor.layers.block_linear import BlockLinear
 class BlockEmbedding(BlockLinear):
     """Replaces nn.Embedding. Dequantizes only the rows that are looked up."""
 
-    form = "block_embedding"
+    format_name = "block_embedding"
     stands_for = "embedding"
     helpers = ("compressor.kernels.ops.blocks", "compressor.layers.block_linear")
 

@@ -32,7 +32,7 @@ BIAS_BLOCK = 64
 class BlockLinear(Layer):
     """Replaces nn.Linear. Multiplies by the dequantized weight."""
 
-    form = "block_linear"
+    format_name = "block_linear"
     helpers: ClassVar[tuple[str, ...]] = ("compressor.kernels.ops.blocks",)
     weight_packed: Tensor
     weight_exponent: Tensor
@@ -71,12 +71,12 @@ class BlockLinear(Layer):
         return "weight_exponent" if self.scale == "shift" else "weight_scale"
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(shape[1], shape[0], **spec, dtype=dtype, bias=bias)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[1], shape[0], **format_params, dtype=dtype, bias=bias)
 
     @classmethod
-    def holds_bias(cls, spec: dict[str, Any]) -> bool:
-        return bool(spec.get("biased"))
+    def holds_bias(cls, format_params: dict[str, Any]) -> bool:
+        return bool(format_params.get("biased"))
 
     def vector(self, dtype: torch.dtype) -> Tensor:
         scale = power_of_two(self.bias_exponent, torch.float32).repeat_interleave(BIAS_BLOCK)
@@ -113,36 +113,43 @@ class BlockLinear(Layer):
         more    further parameters of the format, by the names of its spec or its tensors
         raises  ShapeError if the shapes don't fit each other
         """
-        form = "shift" if scale.dtype == torch.int8 else "float16"
-        name = "weight_exponent" if form == "shift" else "weight_scale"
+        format_name = "shift" if scale.dtype == torch.int8 else "float16"
+        name = "weight_exponent" if format_name == "shift" else "weight_scale"
         extra = {key: value for key, value in more.items() if isinstance(value, Tensor)}
-        spec = {"bits": bits, "block": block, "scale": form, **{k: v for k, v in more.items() if k not in extra}}
+        format_params = {
+            "bits": bits,
+            "block": block,
+            "scale": format_name,
+            **{k: v for k, v in more.items() if k not in extra},
+        }
         if bits == 4 and codes.shape[1] % 2:
-            spec["odd"] = True
+            format_params["odd"] = True
         shape = (codes.shape[0], codes.shape[1])
-        return cls._filled(shape, spec, {"weight_packed": pack_rows(codes, bits), name: scale, **extra})
+        return cls._filled(shape, format_params, {"weight_packed": pack_rows(codes, bits), name: scale, **extra})
 
-    def spec(self) -> dict[str, Any]:
-        spec = {"bits": self.bits, "block": list(self.block), "scale": self.scale}
+    def format_params(self) -> dict[str, Any]:
+        format_params = {"bits": self.bits, "block": list(self.block), "scale": self.scale}
         if self.biased:
-            spec["biased"] = True
-        return {**spec, "odd": True} if self.bits == 4 and self.in_features % 2 else spec
+            format_params["biased"] = True
+        return {**format_params, "odd": True} if self.bits == 4 and self.in_features % 2 else format_params
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("weight_packed", self.scale_name, *(("bias_packed", "bias_exponent") if self.biased else ()))
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         packed = tensors["weight_packed"]
-        columns = packed.shape[1] * 8 // spec["bits"] - int(spec.get("odd", False))
-        layer = cls._filled((packed.shape[0], columns), spec, tensors)
+        columns = packed.shape[1] * 8 // format_params["bits"] - int(format_params.get("odd", False))
+        layer = cls._filled((packed.shape[0], columns), format_params, tensors)
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return layer
 
     @classmethod
-    def _filled(cls, shape: tuple[int, int], spec: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+    def _filled(cls, shape: tuple[int, int], format_params: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         with torch.device("meta"):
-            layer = cls.empty(shape, spec, torch.float32, False)
+            layer = cls.empty(shape, format_params, torch.float32, False)
         layer.fill(tensors)
         return layer

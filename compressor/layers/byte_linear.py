@@ -23,7 +23,7 @@ from compressor.layers.base import Layer, Stock, integer_scheme
 class ByteLinear(Layer):
     """Replaces nn.Linear. Multiplies by the dequantized weight."""
 
-    form = "byte_linear"
+    format_name = "byte_linear"
     helpers = ("compressor.kernels.ops.packed_codes",)
     bits, symmetric = 8, False
     weight: Tensor
@@ -42,12 +42,12 @@ class ByteLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(shape[1], shape[0], spec["group_size"], dtype, bias)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[1], shape[0], format_params["group_size"], dtype, bias)
 
     @classmethod
-    def stock(cls, spec: dict[str, Any]) -> Stock | str:
-        weights = integer_scheme(8, spec["group_size"], False)
+    def stock(cls, format_params: dict[str, Any]) -> Stock | str:
+        weights = integer_scheme(8, format_params["group_size"], False)
         return Stock("compressed-tensors", {"format": "naive-quantized", "weights": weights})
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ class ByteLinear(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix(x.dtype), self.bias)
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         return {"bits": 8, "group_size": self.group_size, "symmetric": False}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -68,10 +68,12 @@ class ByteLinear(Layer):
         }
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         out, columns = tensors["weight"].shape
         with torch.device("meta"):
-            layer = cls(columns, out, spec["group_size"], tensors["weight_scale"].dtype)
+            layer = cls(columns, out, format_params["group_size"], tensors["weight_scale"].dtype)
         layer.fill(tensors)
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return layer

@@ -41,7 +41,7 @@ from compressor.layers.base import Layer, Stock
 class Int8SplitLinear(Layer):
     """Replaces nn.Linear and quantizes its input too. For inference only: rounding has no useful gradient."""
 
-    form = "int8_split_linear"
+    format_name = "int8_split_linear"
     weight_only = False
     helpers = ("compressor.kernels.ops.int8_split",)
     weight: Tensor
@@ -77,15 +77,15 @@ class Int8SplitLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        columns = spec["outlier_columns"] if spec["outliers"] == "calibrated" else None
-        return cls(shape[1], shape[0], spec["threshold"], dtype, bias, columns)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        columns = format_params["outlier_columns"] if format_params["outliers"] == "calibrated" else None
+        return cls(shape[1], shape[0], format_params["threshold"], dtype, bias, columns)
 
     @classmethod
-    def stock(cls, spec: dict[str, Any]) -> Stock | str:
-        if spec["outliers"] == "calibrated":
+    def stock(cls, format_params: dict[str, Any]) -> Stock | str:
+        if format_params["outliers"] == "calibrated":
             return "keeps calibrated outlier columns in 16 bits, for which bitsandbytes has no place"
-        return Stock("bitsandbytes", {"threshold": spec["threshold"]})
+        return Stock("bitsandbytes", {"threshold": format_params["threshold"]})
 
     @classmethod
     def pack(cls, matrix: Tensor, threshold: float, dtype: torch.dtype, columns: Tensor | None = None) -> Self:
@@ -133,7 +133,7 @@ class Int8SplitLinear(Layer):
             result += self.bias.float()
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         if self.columns is None:
             return {"threshold": self.threshold, "outliers": "dynamic"}
         return {"threshold": self.threshold, "outliers": "calibrated", "outlier_columns": self.columns}
@@ -143,11 +143,13 @@ class Int8SplitLinear(Layer):
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         out, inputs = tensors["weight"].shape
         stored = tensors.get("outlier_weight", tensors["SCB"])
         with torch.device("meta"):
-            layer = cls.empty((out, inputs), spec, stored.dtype, bias=False)
+            layer = cls.empty((out, inputs), format_params, stored.dtype, bias=False)
         if set(tensors) != set(layer.tensors()):
             raise ShapeError(
                 f"tensors {sorted(tensors)}, {sorted(layer.tensors())} expected",

@@ -25,7 +25,7 @@ from compressor.layers.base import Layer
 class LowRankLinear(Layer):
     """Replaces nn.Linear. Multiplies by one thin matrix and then by the other."""
 
-    form = "low_rank_linear"
+    format_name = "low_rank_linear"
     weight_only = False
     weight_left: Tensor
     weight_right: Tensor
@@ -46,8 +46,8 @@ class LowRankLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(shape[1], shape[0], spec["rank"], spec["values"], dtype, bias)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[1], shape[0], format_params["rank"], format_params["values"], dtype, bias)
 
     @classmethod
     def pack(cls, left: Tensor, right: Tensor, values: str) -> Self:
@@ -85,7 +85,7 @@ class LowRankLinear(Layer):
         left, right = self.factors(x.dtype)
         return F.linear(F.linear(x, right), left, self.bias)
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         return {"rank": self.rank, "values": self.values}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -93,10 +93,12 @@ class LowRankLinear(Layer):
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         shape = (tensors["weight_left"].shape[0], tensors["weight_right"].shape[1])
         with torch.device("meta"):
-            layer = cls.empty(shape, spec, torch.float32, bias=False)
+            layer = cls.empty(shape, format_params, torch.float32, bias=False)
         layer.fill(tensors)
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return layer

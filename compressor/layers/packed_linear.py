@@ -24,7 +24,7 @@ from compressor.layers.base import Layer, Stock, integer_scheme
 class PackedLinear(Layer):
     """Replaces nn.Linear. Multiplies by the dequantized weight."""
 
-    form = "packed_linear"
+    format_name = "packed_linear"
     helpers = ("compressor.kernels.ops.packed_codes",)
     weight_packed: Tensor
     weight_scale: Tensor
@@ -60,14 +60,14 @@ class PackedLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(shape[1], shape[0], **spec, dtype=dtype, bias=bias)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[1], shape[0], **format_params, dtype=dtype, bias=bias)
 
     @classmethod
-    def stock(cls, spec: dict[str, Any]) -> Stock | str:
-        if spec.get("act_order_index"):
+    def stock(cls, format_params: dict[str, Any]) -> Stock | str:
+        if format_params.get("act_order_index"):
             return "stores the group of each input (act_order: group), which no stock format can hold"
-        weights = integer_scheme(spec["bits"], spec["group_size"], spec["symmetric"])
+        weights = integer_scheme(format_params["bits"], format_params["group_size"], format_params["symmetric"])
         return Stock("compressed-tensors", {"format": "pack-quantized", "weights": weights})
 
     def codes(self) -> Tensor:
@@ -130,7 +130,7 @@ class PackedLinear(Layer):
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         settings = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         return {**settings, "act_order_index": True} if self.act_order_index else settings
 
@@ -144,9 +144,11 @@ class PackedLinear(Layer):
         return found
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         out, columns = tensors["weight_shape"].tolist()
-        layer = cls(columns, out, **spec, dtype=tensors["weight_scale"].dtype, bias=bias is not None)
+        layer = cls(columns, out, **format_params, dtype=tensors["weight_scale"].dtype, bias=bias is not None)
         for name, value in tensors.items():
             if getattr(layer, name).shape != value.shape:
                 expected = getattr(layer, name).shape

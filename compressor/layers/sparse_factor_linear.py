@@ -28,7 +28,7 @@ from compressor.layers.base import Layer
 class SparseFactorLinear(Layer):
     """Replaces nn.Linear. Multiplies by the atoms once, then gathers the products of each output."""
 
-    form = "sparse_factor_linear"
+    format_name = "sparse_factor_linear"
     weight_only = False
     helpers: ClassVar[tuple[str, ...]] = ("compressor.kernels.ops.sparse_factors",)
     weight_atoms: Tensor
@@ -71,8 +71,17 @@ class SparseFactorLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(shape[1], shape[0], spec["block"], spec["atoms"], spec["k"], spec["values"], dtype, bias)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(
+            shape[1],
+            shape[0],
+            format_params["block"],
+            format_params["atoms"],
+            format_params["k"],
+            format_params["values"],
+            dtype,
+            bias,
+        )
 
     @classmethod
     def pack(cls, atoms: Tensor, values: Tensor, index: Tensor, kind: str) -> Self:
@@ -139,7 +148,7 @@ class SparseFactorLinear(Layer):
             result = result + self.bias.to(work)
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         return {"block": self.block, "atoms": self.atoms, "k": self.k, "values": self.values}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -147,10 +156,12 @@ class SparseFactorLinear(Layer):
         return {name: getattr(self, name) for name in ("weight_atoms", "weight_values", "weight_index", *scales)}
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         blocks, _, block = tensors["weight_atoms"].shape
         with torch.device("meta"):
-            layer = cls.empty((len(tensors["weight_values"]), blocks * block), spec, torch.float32, bias=False)
+            layer = cls.empty((len(tensors["weight_values"]), blocks * block), format_params, torch.float32, bias=False)
         layer.fill(tensors)
         layer._check_index()
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

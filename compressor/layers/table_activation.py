@@ -26,7 +26,7 @@ class TableActivation(Layer):
     slopes    left and right of the lookup table, where the function continues as a straight line
     """
 
-    form = "table_activation"
+    format_name = "table_activation"
     stands_for = "activation"
     weight_only = False
     helpers = ("compressor.kernels.ops.lookup_tables",)
@@ -41,8 +41,8 @@ class TableActivation(Layer):
         self.register_buffer("table", torch.zeros(entries, dtype=torch.float32))
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(**spec)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(**format_params)
 
     def forward(self, x: Tensor) -> Tensor:
         return activate(x, self.table, self.low, self.step, self.lookup == "linear", self.slopes).to(x.dtype)
@@ -54,7 +54,7 @@ class TableActivation(Layer):
         high = self.low + (len(self.table) - 1) * self.step
         return ((x < self.low) & bent[0]).sum() + ((x > high) & bent[1]).sum()
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         settings = {"function": self.function, "entries": len(self.table), "low": self.low, "step": self.step}
         return {**settings, "lookup": self.lookup, "slopes": list(self.slopes)}
 
@@ -62,8 +62,10 @@ class TableActivation(Layer):
         return {"table": self.table}
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         with torch.device("meta"):
-            layer = cls(**spec)
+            layer = cls(**format_params)
         layer.fill(tensors)
         return layer

@@ -27,7 +27,7 @@ class TableNorm(Layer):
     offset  the gain is offset + weight: 1 in Gemma, else 0
     """
 
-    form = "table_norm"
+    format_name = "table_norm"
     stands_for = "norm"
     weight_only = False
     helpers = ("compressor.kernels.ops.lookup_tables",)
@@ -53,8 +53,8 @@ class TableNorm(Layer):
         self.bias = nn.Parameter(torch.zeros(width or 0, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(shape[0] if shape else None, **spec, dtype=dtype, bias=bias)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[0] if shape else None, **format_params, dtype=dtype, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return normalize(
@@ -67,7 +67,7 @@ class TableNorm(Layer):
         assert self.weight is not None
         return self.weight.to(dtype)
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         settings = {"kind": self.kind, "offset": self.offset, "eps": self.eps}
         return {**settings, "entries": len(self.table), "step": self.step, "lookup": self.lookup}
 
@@ -75,12 +75,14 @@ class TableNorm(Layer):
         return {"table": self.table} if self.weight is None else {"weight": self.weight, "table": self.table}
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(
+        cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None
+    ) -> Self:
         weight = tensors.get("weight")
         with torch.device("meta"):
             layer = cls(
                 None if weight is None else len(weight),
-                **spec,
+                **format_params,
                 dtype=torch.float32 if weight is None else weight.dtype,
                 bias=False,
             )

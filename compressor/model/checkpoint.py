@@ -289,8 +289,10 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
     if not twice:
         return tensors, set(files), []
     last = tensors[twice[0]].file.name
-    told = f"{len(twice)} tensors lie in two shards, such as {twice[0]}; that of {last} is read, as transformers does"
-    return tensors, set(files), [told]
+    message = (
+        f"{len(twice)} tensors lie in two shards, such as {twice[0]}; that of {last} is read, as transformers does"
+    )
+    return tensors, set(files), [message]
 
 
 def _no_weights(directory: Path) -> ModelError:

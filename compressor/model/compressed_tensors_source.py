@@ -78,9 +78,9 @@ def _read_config(stated: Mapping[str, Any]) -> Any:
     try:
         return CompressedTensorsConfig(**{k: v for k, v in stated.items() if k != "quant_method"}).quantization_config
     except Exception as error:  # any: it depends on the value
-        told = f"compressed-tensors can't read quantization_config ({type(error).__name__}: {error})"
+        message = f"compressed-tensors can't read quantization_config ({type(error).__name__}: {error})"
         raise ModelError(
-            " ".join(told.split())[:600],
+            " ".join(message.split())[:600],
             where="config.json",
             hint="Download config.json again: hf download NAME.",
             data={"reason": "quantization-config", "cause": f"{type(error).__name__}: {error}"},

@@ -107,8 +107,8 @@ def key_of(field: str, values: Mapping[str, Any], aliases: Mapping[str, str]) ->
 
 
 def wrong_value(key: str, value: Any, where: str, needed: str) -> ModelError:
-    told = {"reason": "wrong-value", "keys": [key], "value": shown_value(value), "needed": needed}
-    return ModelError(f"{key} is {shown_value(value)}; {needed}", where=where, hint=HINT, data=told)
+    reported = {"reason": "wrong-value", "keys": [key], "value": shown_value(value), "needed": needed}
+    return ModelError(f"{key} is {shown_value(value)}; {needed}", where=where, hint=HINT, data=reported)
 
 
 def shown_value(value: Any) -> str:

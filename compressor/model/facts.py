@@ -12,7 +12,7 @@ KINDS = ("heads", "ffn")
 
 
 @dataclass(frozen=True)
-class Cut:
+class PrunedSlice:
     """A parameter that is pruned along `axis`. Unit u has the indices rows[u]."""
 
     parameter: str
@@ -85,7 +85,7 @@ class PrunableModule:
                        the matrix after the activation
     output_projection  path of the module that reads the outputs of the units; unit u is removed if this module's input
                        is 0 at columns[u]
-    cuts               the parameters that get smaller; the first is the output projection along its input axis
+    slices               the parameters that get smaller; the first is the output projection along its input axis
     bias               of the output projection; it stays when all units are removed
     cost               number of parameters of one unit
     layout             further facts that pruning needs
@@ -97,7 +97,7 @@ class PrunableModule:
     units: int
     output_projection: str
     columns: tuple[tuple[int, ...], ...]
-    cuts: tuple[Cut, ...]
+    slices: tuple[PrunedSlice, ...]
     bias: str | None
     cost: int
     layout: PruningLayout = field(default_factory=PruningLayout, hash=False)

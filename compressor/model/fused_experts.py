@@ -63,9 +63,9 @@ def _separate(
         is_joining = len(rule.target_patterns) == 1 and all("*" in p and p.endswith(".weight") for p in patterns)
         if not is_joining or not inner.endswith(target) or shape[1] % len(patterns):
             continue
-        stem, rows = prefix + inner.removesuffix(target), shape[1] // len(patterns)
+        parent, rows = prefix + inner.removesuffix(target), shape[1] // len(patterns)
         slices = [
-            (pattern, Slice(stem + pattern.replace("*", str(n)), n, (at * rows, (at + 1) * rows)))
+            (pattern, Slice(parent + pattern.replace("*", str(n)), n, (at * rows, (at + 1) * rows)))
             for n in range(shape[0])
             for at, pattern in enumerate(patterns)
         ]

@@ -123,8 +123,8 @@ class MappedTensors(TorchFunctionMode):
         self._files.sort(key=lambda known: known[0])
         return file
 
-    def _forget(self, gone: weakref.ref[mmap.mmap]) -> None:
-        self._files = [known for known in self._files if known[2] is not gone]
+    def _forget(self, freed: weakref.ref[mmap.mmap]) -> None:
+        self._files = [known for known in self._files if known[2] is not freed]
 
     def _file_of(self, value: Tensor) -> tuple[int, mmap.mmap] | None:
         """The address and the file in which a tensor lies; None for any other tensor."""

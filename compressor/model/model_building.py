@@ -89,10 +89,10 @@ def guarded(
             raise lack from error
         if retry is not None and _works(retry, config):
             raise ModelError(
-                f"{failed} ({_said(error)})",
+                f"{failed} ({_message_of(error)})",
                 where=subject,
                 hint="Choose another model; if transformers runs this one, report this message with its config.json.",
-                data={"reason": "not-in-blocks", "cause": _said(error)},
+                data={"reason": "not-in-blocks", "cause": _message_of(error)},
             ) from error
         cls, again = type(config), retry or work
         raise refusal(error, checkpoint, subject, failed, cls, lambda values: again(_from_json(cls, values))) from error
@@ -111,42 +111,42 @@ def refusal(
     cls      the config class, whose defaults are tried
     attempt  does the same with other values of config.json
     """
-    where, said = where_of(checkpoint), _said(error)
+    where, message = where_of(checkpoint), _message_of(error)
     values = checkpoint.config
     aliases = dict(getattr(cls, "attribute_map", {}))
     if isinstance(error, StrictDataclassFieldValidationError):
         field = re.search(r"field '(\w+)'", str(error))
         if field and (key := key_of(field.group(1), values, aliases)) is not None:
             expected = re.search(r"expected (.+?), got", str(error))
-            needed = f"{expected.group(1)} is needed" if expected else said
+            needed = f"{expected.group(1)} is needed" if expected else message
             return wrong_value(key, values[key], where, needed)
     causes = [] if attempt is None or cls is None else wrong_keys(error, values, attempt, _defaults(cls), aliases)
     if causes:
         shown = ", ".join(f"{'.'.join(path)} is {shown_value(value_at(values, path))}" for path in causes)
         wrong = shown if len(causes) == 1 else f"one of these is wrong: {shown}"
         return ModelError(
-            f"{wrong}; {subject}: {failed} ({said})",
+            f"{wrong}; {subject}: {failed} ({message})",
             where=where,
             hint=HINT,
             data={
                 "reason": "wrong-value",
                 "keys": [".".join(path) for path in causes],
                 "subject": subject,
-                "cause": said,
+                "cause": message,
             },
         )
     if isinstance(error, ImportError):
         return DependencyError(
-            f"{failed} ({said})",
+            f"{failed} ({message})",
             where=subject,
             hint="Install the package that the message names with pip.",
-            data={"cause": said},
+            data={"cause": message},
         )
     return ModelError(
-        f"{failed} ({said})",
+        f"{failed} ({message})",
         where=subject,
         hint="Load it with transformers alone; if that works, report this message with the model's config.json.",
-        data={"reason": "fails", "cause": said},
+        data={"reason": "fails", "cause": message},
     )
 
 
@@ -232,7 +232,7 @@ def _works(work: Callable[[PretrainedConfig], object], config: PretrainedConfig)
     return True
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """The exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:240]}" if text else type(error).__name__

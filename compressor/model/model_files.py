@@ -48,12 +48,12 @@ def regular_file(directory: Path, path: Path) -> Path:
             data={"reason": "missing", "directory": directory.name},
         ) from error
     except (OSError, ValueError) as error:  # a circular link, a long name, no permission; a name with a NUL
-        said = getattr(error, "strerror", None) or error
+        message = getattr(error, "strerror", None) or error
         raise ModelError(
-            f"can't be read ({said})",
+            f"can't be read ({message})",
             where=name,
             hint="Check the permissions of the file, or download the model again.",
-            data={"reason": "unreadable", "cause": str(said)},
+            data={"reason": "unreadable", "cause": str(message)},
         ) from error
     if not stat.S_ISREG(found.st_mode):
         kind = KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")

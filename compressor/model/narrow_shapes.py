@@ -17,7 +17,11 @@ from compressor.layers.structural.rotated_block import RotatedBlock
 from compressor.model.probe_model import make_probe_model
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 
-ALONG_STREAM = (RmsNorm.form, RotatedBlock.form, Removed.form)  # their shapes are widths of the stream
+ALONG_STREAM = (
+    RmsNorm.format_name,
+    RotatedBlock.format_name,
+    Removed.format_name,
+)  # their shapes are widths of the stream
 
 
 class _Odd(Exception):
@@ -106,9 +110,9 @@ def _entry(path: str, entry: Mapping[str, Any], factor: int, whole: nn.Module, n
     made = copy.deepcopy(dict(entry))
     if entry["form"] in ALONG_STREAM:
         made["shape"] = [_over(n, factor, 1) for n in entry["shape"]]
-    if entry["form"] == RmsNorm.form:
+    if entry["form"] == RmsNorm.format_name:
         made["spec"]["width"] = _over(entry["spec"]["width"], factor, 1)
-    if entry["form"] == Resized.form:
+    if entry["form"] == Resized.format_name:
         old, new = (model.get_submodule(path) for model in (whole, narrow))
         attributes = entry["spec"]["attributes"]
         made["spec"]["attributes"] = {

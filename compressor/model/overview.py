@@ -11,7 +11,7 @@ class WeightView:
     name: str
     shape: list[int]
     role: str
-    form: str = "dense"
+    format_name: str = "dense"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class Overview:
     quantized: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A key for each field, down to the weights; `units` for the parts."""
+        """A key for each field, down to the weights; `parts` for the parts."""
         values = asdict(self)
-        values["units"] = values.pop("parts")
         return values

@@ -36,12 +36,12 @@ def refuse_stated(checkpoint: Checkpoint) -> None:
         for key in CONFIG_KEYS:
             stated = section.get(key)
             if stated is not None and prefix.rstrip(".") not in CONFIG_KEYS:
-                told = {"reason": "config-key", "key": f"{prefix}{key}"}
-                raise _refusal(f"config.json has {prefix}{key}", _method(stated), checkpoint, told)
+                reported = {"reason": "config-key", "key": f"{prefix}{key}"}
+                raise _refusal(f"config.json has {prefix}{key}", _method(stated), checkpoint, reported)
     for name in QUANTIZATION_FILES:
         if checkpoint.quantized is None and (checkpoint.directory / name).is_file():
-            told = {"reason": "config-file", "file": name}
-            raise _refusal(f"{name} is in its directory", None, checkpoint, told)
+            reported = {"reason": "config-file", "file": name}
+            raise _refusal(f"{name} is in its directory", None, checkpoint, reported)
 
 
 def refuse_codes(
@@ -61,14 +61,14 @@ def refuse_codes(
         kind = _kind(checkpoint.tensors, tensor)
         what = f"{len(codes)} tensors contain {kind} in place of weights, such as {tensor}"
         stored_as = checkpoint.tensors[tensor].stored_as
-        told = {"reason": "codes", "tensors": len(codes), "stored_as": stored_as, "tensor": tensor}
-        raise _refusal(what, None, checkpoint, told)
+        reported = {"reason": "codes", "tensors": len(codes), "stored_as": stored_as, "tensor": tensor}
+        raise _refusal(what, None, checkpoint, reported)
     known = set(modules)
     beside = [name for name in unused if name.rpartition(".")[2] in LEAVES and name.rpartition(".")[0] in known]
     if beside:
         what = f"it has {len(beside)} tensors of quantized weights, such as {beside[0]}"
-        told = {"reason": "tensors-beside", "tensors": len(beside), "tensor": beside[0]}
-        raise _refusal(what, None, checkpoint, told)
+        reported = {"reason": "tensors-beside", "tensors": len(beside), "tensor": beside[0]}
+        raise _refusal(what, None, checkpoint, reported)
 
 
 def _kind(tensors: Mapping[str, TensorInfo], name: str) -> str:
@@ -82,6 +82,6 @@ def _method(stated: Any) -> str | None:
 
 
 def _refusal(found: str, method: str | None, checkpoint: Checkpoint, data: dict[str, Any]) -> ModelError:
-    told = f"the model is already quantized ({method})" if method else "the model is already quantized"
+    message = f"the model is already quantized ({method})" if method else "the model is already quantized"
     data = {**data, "quantized": method or True}
-    return ModelError(f"{told}: {found}", where=checkpoint.directory.name, hint=HINT, data=data)
+    return ModelError(f"{message}: {found}", where=checkpoint.directory.name, hint=HINT, data=data)

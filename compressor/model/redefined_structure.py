@@ -203,8 +203,8 @@ def class_misfit(structure: Structure, changes: dict[str, Any]) -> str | None:
 
 
 def _of_library(error: Exception) -> Because:
-    said = _in_one_line(error)
-    return Because(said, cause=said)
+    message = _in_one_line(error)
+    return Because(message, cause=message)
 
 
 def _in_one_line(error: Exception) -> str:

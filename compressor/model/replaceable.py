@@ -39,22 +39,22 @@ def why_not_replaceable(
     is_read  other code than its module's own reads the weight (`watch_reads`)
     """
     if is_read:
-        told = "is read by other code than its module's own, and a quantized layer has no such tensor"
-        return Because(told, reason="read-elsewhere")
+        message = "is read by other code than its module's own, and a quantized layer has no such tensor"
+        return Because(message, reason="read-elsewhere")
     if weight.expert is not None or weight.role in ("embedding", "shortcut") or weight.is_function:
         return None
     owner, _, leaf = weight.parameter.rpartition(".")
     module = model.get_submodule(owner)
     if leaf != "weight":
-        told = f"is a parameter of a {type(module).__name__}, which multiplies by it and does other work"
-        return Because(told, reason="multiplies-beside", module=type(module).__name__)
+        message = f"is a parameter of a {type(module).__name__}, which multiplies by it and does other work"
+        return Because(message, reason="multiplies-beside", module=type(module).__name__)
     cls = type(module)
     if cls not in known:
         known[cls] = cls.forward in SELF_EVIDENT or _computes_product(module)
     if known[cls]:
         return None
-    told = f"belongs to a {type(module).__name__}, which does more than multiply by it"
-    return Because(told, reason="does-more", module=type(module).__name__)
+    message = f"belongs to a {type(module).__name__}, which does more than multiply by it"
+    return Because(message, reason="does-more", module=type(module).__name__)
 
 
 @contextmanager

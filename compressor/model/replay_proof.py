@@ -87,7 +87,7 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
             raise ModelError(
                 "the input of this block differs when the blocks are run one by one", where=name, hint=HINT
             )
-        is_told_more = not _same_leaves(given[index], _beside((hidden, *call.args), call.kwargs))
+        is_passed_more = not _same_leaves(given[index], _beside((hidden, *call.args), call.kwargs))
         before, hidden = hidden, pieces.block(index, hidden, call)
         if not torch.equal(before, inputs[index]):
             raise ModelError(
@@ -99,11 +99,11 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
         if not torch.equal(hidden, outputs[index]):
             raise ModelError(
                 "earlier blocks pass this one more than hidden states, which can't be replayed"
-                if is_told_more
+                if is_passed_more
                 else "the output of this block differs when the blocks are run one by one",
                 where=name,
                 hint=HINT,
-                data={"reason": "told-more" if is_told_more else "output-differs"},
+                data={"reason": "passed-more" if is_passed_more else "output-differs"},
             )
         if not torch.equal(pieces.block(index, before, call), hidden):
             raise ModelError(

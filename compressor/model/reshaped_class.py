@@ -41,7 +41,7 @@ def reshaping(config: PretrainedConfig | Mapping[str, Any]) -> tuple[dict[str, A
     return shapes, modules
 
 
-def structural_forms(config: PretrainedConfig | Mapping[str, Any]) -> list[str]:
+def structural_formats(config: PretrainedConfig | Mapping[str, Any]) -> list[str]:
     """Sorted names of the structural layers in a config."""
     return sorted({entry["form"] for entry in reshaping(config)[1].values()})
 
@@ -58,7 +58,9 @@ def reshaped_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         shapes, modules = reshaping(config)
-        reshape(self, shapes, modules, {form: find_layer(form) for form in structural_forms(config)})
+        reshape(
+            self, shapes, modules, {format_name: find_layer(format_name) for format_name in structural_formats(config)}
+        )
 
     attributes = {"__init__": __init__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), {**attributes, "stock": cls})

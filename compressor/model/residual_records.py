@@ -74,19 +74,19 @@ class Residual:
     end: ResidualNorm
 
     def norms(self) -> Iterator[ResidualNorm]:
-        for sites in self.blocks:
-            for site in sites:
-                yield from site.norms
+        for sublayers in self.blocks:
+            for sublayer in sublayers:
+                yield from sublayer.norms
         yield self.end
 
     def writes(self) -> Iterator[ResidualWrite]:
         yield from self.embeddings
-        for sites in self.blocks:
-            for site in sites:
-                yield from site.writes
+        for sublayers in self.blocks:
+            for sublayer in sublayers:
+                yield from sublayer.writes
 
 
-def renamed(site: ResidualSublayer, old: str, new: str) -> ResidualSublayer:
+def renamed(sublayer: ResidualSublayer, old: str, new: str) -> ResidualSublayer:
     """The same sublayer of another block: the prefix `old` of every name becomes `new`."""
 
     def name(full: str) -> str:
@@ -103,6 +103,6 @@ def renamed(site: ResidualSublayer, old: str, new: str) -> ResidualSublayer:
                 for consumer in norm.consumers
             ),
         )
-        for norm in site.norms
+        for norm in sublayer.norms
     )
-    return ResidualSublayer(norms, tuple(replace(write, parameter=name(write.parameter)) for write in site.writes))
+    return ResidualSublayer(norms, tuple(replace(write, parameter=name(write.parameter)) for write in sublayer.writes))

@@ -69,8 +69,8 @@ class ChoiceTrace(ObservedMatmuls):
             self.expert_counts.add(parameter.shape[0])
         elif matrices > 1:
             self.expert_counts.add(matrices)
-            told = "it contains several matrices, and a matmul reads one of them"
-            self.whole[call.parameter] = Because(told, reason="several-matrices")
+            message = "it contains several matrices, and a matmul reads one of them"
+            self.whole[call.parameter] = Because(message, reason="several-matrices")
         self.calls.append(call)
 
     def _note_batched(self, given: list[Tensor], reported: set[str]) -> None:
@@ -81,8 +81,8 @@ class ChoiceTrace(ObservedMatmuls):
                 continue
             if tensor.numel() == self._watched[name].numel():
                 self.expert_counts.add(tensor.shape[0])
-                told = "all experts are multiplied in one batched product"
-                self.whole[name] = Because(told, reason="batched-product")
+                message = "all experts are multiplied in one batched product"
+                self.whole[name] = Because(message, reason="batched-product")
 
 
 def _is_whole(tensor: Tensor) -> bool:

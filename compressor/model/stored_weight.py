@@ -37,21 +37,21 @@ class StoredEntry(TypedDict):
 class StoredWeight:
     """How one weight is stored. It is JSON in the journal and the manifest."""
 
-    form: str
-    spec: dict[str, Any]
+    format_name: str
+    format_params: dict[str, Any]
     weight: Weight
 
     def to_dict(self) -> StoredEntry:
         entry = asdict(self.weight)
         if not entry["facts"]:
             del entry["facts"]
-        values = {"form": self.form, "spec": self.spec, **entry, "shape": list(entry["shape"])}
+        values = {"form": self.format_name, "spec": self.format_params, **entry, "shape": list(entry["shape"])}
         return cast("StoredEntry", values)
 
     @property
     def bias(self) -> str | None:
         """Name of the dense bias, if this format stores the bias too."""
-        return self.weight.bias if find_layer(self.form).holds_bias(self.spec) else None
+        return self.weight.bias if find_layer(self.format_name).holds_bias(self.format_params) else None
 
     @classmethod
     def from_dict(cls, entry: StoredEntry) -> StoredWeight:
@@ -61,19 +61,19 @@ class StoredWeight:
         return cls(entry["form"], entry["spec"], Weight(**values))
 
 
-def has_experts(forms: Iterable[StoredWeight]) -> bool:
-    return any(form.weight.expert is not None for form in forms)
+def has_experts(formats: Iterable[StoredWeight]) -> bool:
+    return any(stored.weight.expert is not None for stored in formats)
 
 
-def replaced_tensors(forms: Iterable[StoredWeight], checkpoint: Checkpoint) -> set[str]:
+def replaced_tensors(formats: Iterable[StoredWeight], checkpoint: Checkpoint) -> set[str]:
     """The dense tensors that these stored weights replace. One of all experts is replaced only when all are stored."""
     replaced: set[str] = set()
     stored: Counter[str] = Counter()  # tensor of all experts -> its elements that are stored
-    for form in forms:
-        if form.weight.is_slice:
-            stored[form.weight.tensor] += math.prod(form.weight.shape)
+    for stored_weight in formats:
+        if stored_weight.weight.is_slice:
+            stored[stored_weight.weight.tensor] += math.prod(stored_weight.weight.shape)
         else:
-            replaced |= {name for name in (form.weight.tensor, form.bias) if name is not None}
+            replaced |= {name for name in (stored_weight.weight.tensor, stored_weight.bias) if name is not None}
     whole = {name for name, count in stored.items() if count == math.prod(checkpoint.tensors[name].shape)}
     return replaced | whole
 
@@ -94,12 +94,12 @@ def joined_experts(
     matrix_of  gives the dequantized matrix (out_features, in_features) of a stored weight
     """
     members: dict[int | None, list[StoredWeight]] = {}
-    for form in stored:
-        members.setdefault(form.weight.expert, []).append(form)
+    for stored_weight in stored:
+        members.setdefault(stored_weight.weight.expert, []).append(stored_weight)
     dense = (torch.empty(*shape[1:], dtype=dtype) for _ in range(shape[0])) if raw is None else raw
     for number, value in enumerate(as_in_parameter(dense, shape)):
-        for form in members.get(number, ()):
-            part_of(value, replace(form.weight, expert=None)).copy_(matrix_of(form))
+        for stored_weight in members.get(number, ()):
+            part_of(value, replace(stored_weight.weight, expert=None)).copy_(matrix_of(stored_weight))
         yield value
 
 

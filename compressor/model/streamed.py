@@ -41,10 +41,10 @@ class Filler(Protocol):
 
     def names(self) -> Iterable[str]: ...
 
-    def fill(self, unit: str, names: Sequence[str]) -> None:
+    def fill(self, part: str, names: Sequence[str]) -> None:
         """Give these parameters of a module, or of a block, their values."""
 
-    def free(self, unit: str, names: Sequence[str]) -> None:
+    def free(self, part: str, names: Sequence[str]) -> None:
         """Take the values away again."""
 
 
@@ -58,12 +58,12 @@ class DenseFiller:
     def names(self) -> Iterable[str]:
         return [*self.bindings.sources, *self.bindings.tied]
 
-    def fill(self, unit: str, names: Sequence[str]) -> None:
+    def fill(self, part: str, names: Sequence[str]) -> None:
         for name in names:
             value = tied_value(name, self.bindings, self._read, self._read_experts, self.model, self.mapped)
             fill(name, value, self.model)
 
-    def free(self, unit: str, names: Sequence[str]) -> None:
+    def free(self, part: str, names: Sequence[str]) -> None:
         for name in names:
             fill(name, None, self.model)
 
@@ -106,19 +106,19 @@ class StreamedModel:
         self.unused = unused
         self.filler, self.model, self.blocks_path = filler, filler.model, blocks_path
         self.placed: list[Callable[[str], None]] = []
-        self.begun: Counter[str] = Counter()  # unit -> how many of its forwards have begun; the caller clears it
-        self._held: dict[str, int] = {}  # filled unit -> how many forwards and contexts use it now
+        self.begun: Counter[str] = Counter()  # part -> how many of its forwards have begun; the caller clears it
+        self._held: dict[str, int] = {}  # filled part -> how many forwards and contexts use it now
         self._keeps = False
         self._blank: Mapping[str, int] = {}
         self._blanked: set[str] = set()
         blocks = self.model.get_submodule(blocks_path)
-        self.units: dict[str, list[str]] = {f"{blocks_path}.{name}": [] for name, _ in blocks.named_children()}
+        self.parts: dict[str, list[str]] = {f"{blocks_path}.{name}": [] for name, _ in blocks.named_children()}
         for name in filler.names():
-            self.units.setdefault(self.unit_of(name), []).append(name)
-        for unit in self.units:
-            module = self.model.get_submodule(unit)
-            module.register_forward_pre_hook(partial(self._begin, unit), prepend=True)
-            module.register_forward_hook(partial(self._end, unit), always_call=True)
+            self.parts.setdefault(self.part_of_name(name), []).append(name)
+        for part in self.parts:
+            module = self.model.get_submodule(part)
+            module.register_forward_pre_hook(partial(self._begin, part), prepend=True)
+            module.register_forward_hook(partial(self._end, part), always_call=True)
         self.model.__dict__[HOLDER] = self
 
     def nbytes_of(self, name: str) -> int:
@@ -129,10 +129,10 @@ class StreamedModel:
         """From now on don't fill these parameters, and all parameters of these modules. Nothing must be filled now."""
         assert not self._held, "filled values would stay"
         prefixes = tuple(f"{module}." for module in modules)
-        for unit, members in self.units.items():
-            self.units[unit] = [name for name in members if name not in names and not name.startswith(prefixes)]
+        for part, members in self.parts.items():
+            self.parts[part] = [name for name in members if name not in names and not name.startswith(prefixes)]
 
-    def unit_of(self, name: str) -> str:
+    def part_of_name(self, name: str) -> str:
         """The block in which a parameter or module lies, or the module that holds a parameter outside of blocks."""
         prefix = self.blocks_path + "."
         if name.startswith(prefix):
@@ -140,13 +140,13 @@ class StreamedModel:
         return name.rpartition(".")[0]
 
     @contextmanager
-    def holding(self, unit: str) -> Iterator[None]:
+    def holding(self, part: str) -> Iterator[None]:
         """Keep a block, or a module outside of blocks, filled inside this context."""
-        self._take(unit)
+        self._take(part)
         try:
             yield
         finally:
-            self._give(unit)
+            self._give(part)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -157,8 +157,8 @@ class StreamedModel:
             yield
         finally:
             self._keeps = False
-            for unit in [unit for unit, count in self._held.items() if count == 0]:
-                self._empty(unit)
+            for part in [part for part, count in self._held.items() if count == 0]:
+                self._empty(part)
 
     @contextmanager
     def blanking(self, calls: Mapping[str, int]) -> Iterator[None]:
@@ -173,39 +173,39 @@ class StreamedModel:
         finally:
             self._blank = {}
 
-    def _begin(self, unit: str, module: nn.Module, args: Any) -> None:
-        self.begun[unit] += 1
-        if self.begun[unit] <= self._blank.get(unit, 0) and unit not in self._held:
-            self._blanked.add(unit)
-            for name in self.units[unit]:
+    def _begin(self, part: str, module: nn.Module, args: Any) -> None:
+        self.begun[part] += 1
+        if self.begun[part] <= self._blank.get(part, 0) and part not in self._held:
+            self._blanked.add(part)
+            for name in self.parts[part]:
                 empty = _value(self.model, name)
                 fill(name, torch.zeros((), dtype=empty.dtype).expand(empty.shape), self.model)
         else:
-            self._take(unit)
+            self._take(part)
 
-    def _end(self, unit: str, module: nn.Module, args: Any, output: Any) -> None:
-        if unit in self._blanked:
-            self._blanked.discard(unit)
-            self.filler.free(unit, self.units[unit])
-        elif self._held.get(unit):  # a forward that failed before it was filled ends, too
-            self._give(unit)
+    def _end(self, part: str, module: nn.Module, args: Any, output: Any) -> None:
+        if part in self._blanked:
+            self._blanked.discard(part)
+            self.filler.free(part, self.parts[part])
+        elif self._held.get(part):  # a forward that failed before it was filled ends, too
+            self._give(part)
 
-    def _take(self, unit: str) -> None:
-        if unit not in self._held:
-            self.filler.fill(unit, self.units.get(unit, []))
+    def _take(self, part: str) -> None:
+        if part not in self._held:
+            self.filler.fill(part, self.parts.get(part, []))
             for call in self.placed:
-                call(unit)
-            self._held[unit] = 0
-        self._held[unit] += 1
+                call(part)
+            self._held[part] = 0
+        self._held[part] += 1
 
-    def _give(self, unit: str) -> None:
-        self._held[unit] -= 1
-        if self._held[unit] == 0 and not self._keeps:
-            self._empty(unit)
+    def _give(self, part: str) -> None:
+        self._held[part] -= 1
+        if self._held[part] == 0 and not self._keeps:
+            self._empty(part)
 
-    def _empty(self, unit: str) -> None:
-        del self._held[unit]
-        self.filler.free(unit, self.units.get(unit, []))
+    def _empty(self, part: str) -> None:
+        del self._held[part]
+        self.filler.free(part, self.parts.get(part, []))
         return_freed_memory()
 
 

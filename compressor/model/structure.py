@@ -31,7 +31,7 @@ from compressor.model.prequantized import refuse_stated
 from compressor.model.probe_model import Kind, shallow_config, signature
 from compressor.model.quantized_source import open_source
 from compressor.model.tracing import Product, Traced, run_whole, trace
-from compressor.model.weight_names import Bindings, Source, only_turns
+from compressor.model.weight_names import Bindings, Source, only_transposes
 from compressor.model.weights import Group, Stage, Weight
 from compressor.storage.safetensors_file import read_slices
 
@@ -123,8 +123,10 @@ class Structure:
             for product in (product for group in self.traced.groups[kind] for product in group):
                 name = prefix + product.parameter
                 if self._lie_in_one_tensor(name, product) and not self._slices(prefix, name, product):
-                    told = "the checkpoint stores all experts of a block in one tensor, in another order than the model"
-                    reasons[product.parameter] = Because(told, reason="experts-in-one-tensor")
+                    message = (
+                        "the checkpoint stores all experts of a block in one tensor, in another order than the model"
+                    )
+                    reasons[product.parameter] = Because(message, reason="experts-in-one-tensor")
             for parameter, why in reasons.items():
                 for source in self.bindings.sources.get(prefix + parameter, ()):
                     shape = tuple(self.checkpoint.tensors[source.tensor].shape)
@@ -216,7 +218,7 @@ class Structure:
 
     def _slices(self, prefix: str, parameter: str, product: Product) -> tuple[Slice, ...]:
         """The weights in a tensor of all experts; nothing if a rule of transformers reorders it while it is loaded."""
-        if parameter in self.bindings.rules and not only_turns(self.bindings.rules[parameter]):
+        if parameter in self.bindings.rules and not only_transposes(self.bindings.rules[parameter]):
             return ()
         if parameter not in self._expert_slices:
             tensor, block = self.bindings.sources[parameter][0].tensor, prefix.removesuffix(".")

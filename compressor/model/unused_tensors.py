@@ -24,7 +24,7 @@ COMPUTED: tuple[tuple[re.Pattern[str], int | None], ...] = (
     (re.compile(r"(^|\.)(attn|attention)\.masked_bias$"), 0),
 )
 Reason = Literal["ignored", "unknown", "computed", "copy"]
-TELLS: dict[str, str] = {
+WHY_UNUSED: dict[str, str] = {
     "ignored": "the class leaves it out on purpose",
     "unknown": "the class doesn't know it",
     "computed": "the model computes it itself",

@@ -212,7 +212,7 @@ def read_experts_parameter(
     if rule is not None and all(source.rows is not None for source in sources):
         return _joined_rows(sources, read, parameter.shape, lambda shape, _: empty(shape, bindings.dtypes[name]))
     value = empty(tuple(parameter.shape), bindings.dtypes[name])
-    if len(sources) == 1 and (rule is None or only_turns(rule)):
+    if len(sources) == 1 and (rule is None or only_transposes(rule)):
         return fill_experts(value, read_experts(sources[0].tensor))
     return value.copy_(read_parameter(name, bindings, read, model))  # such a rule takes all experts at once
 
@@ -222,7 +222,7 @@ def are_read_one_by_one(name: str, bindings: Bindings, tensors: Sequence[TensorI
     rule = bindings.rules.get(name)
     if rule is not None and all(source.rows is not None for source in bindings.sources[name]):
         return True
-    return len(tensors) == 1 and tensors[0].decode is None and (rule is None or only_turns(rule))
+    return len(tensors) == 1 and tensors[0].decode is None and (rule is None or only_transposes(rule))
 
 
 def fill_experts(value: Tensor, matrices: Iterable[Tensor]) -> Tensor:
@@ -232,7 +232,7 @@ def fill_experts(value: Tensor, matrices: Iterable[Tensor]) -> Tensor:
     return value
 
 
-def only_turns(rule: Rule) -> bool:
+def only_transposes(rule: Rule) -> bool:
     """Whether a rule transposes the matrices of a tensor that lie otherwise than in the parameter, and nothing else.
 
     It leaves a tensor of the parameter's shape as it is.

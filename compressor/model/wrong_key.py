@@ -29,7 +29,7 @@ def wrong_keys(
     another value than the default.
     """
     ends = time.process_time() + SEARCH_SECONDS
-    named, said = _named(error, aliases), str(error)
+    named, message = _named(error, aliases), str(error)
     known = {key: rank for rank, key in enumerate(named)}
     paths = {
         path: value
@@ -37,7 +37,7 @@ def wrong_keys(
         if path[0] not in ("model_type", "architectures", "auto_map") and value != value_at(defaults, path)
     }
     by_line = sorted((path for path in paths if path[-1] in known), key=lambda path: known[path[-1]])
-    odd = [path for path, value in paths.items() if not _is_positive(value) or f"'{type(value).__name__}'" in said]
+    odd = [path for path, value in paths.items() if not _is_positive(value) or f"'{type(value).__name__}'" in message]
     for group in (by_line, [path for path in odd if path not in by_line], [*paths]):
         for others in (_defaults_of, _small_numbers):
             found: list[Path] = []

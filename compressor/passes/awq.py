@@ -45,7 +45,7 @@ from compressor.bounds import Count
 from compressor.errors import ShapeError
 from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Gram
-from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
+from compressor.methods.quantization.packed_codes import GroupSize, packed_params, quantization_format, store_nearest
 from compressor.methods.quantization.uniform_grid import dequantize, find_grid, quantize
 from compressor.model.weights import part_of
 from compressor.protocol import BlockView, DataSize, Producer, Stage, Traits, Weight, WeightPass, Work
@@ -77,25 +77,25 @@ class AWQ(WeightPass):
 
     @property
     def traits(self) -> Traits:
-        stores = stored_form(self.bits, self.symmetric) if self.rounding == "nearest" else None
+        stores = quantization_format(self.bits, self.symmetric) if self.rounding == "nearest" else None
         return Traits(reads="inputs", stores=stores, rescales=True)
 
     def stored(self, weight: Weight) -> str | None:
         if weight.is_function or weight.role == "embedding":  # refused, since its format stands for matrices
-            return stored_form(self.bits, self.symmetric)
+            return quantization_format(self.bits, self.symmetric)
         return self.traits.stores or "dense"
 
-    def spec(self, weight: Weight) -> dict[str, Any]:
-        return packed_spec(weight, self.bits, self.group_size, self.symmetric)
+    def format_params(self, weight: Weight) -> dict[str, Any]:
+        return packed_params(weight, self.bits, self.group_size, self.symmetric)
 
     def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
-        """Groups that don't fit; where this pass rounds, `plan` finds them by `spec`."""
+        """Groups that don't fit; where this pass rounds, `plan` finds them by `format_params`."""
         problems: list[tuple[str, dict[str, Any]]] = []
         for weight in weights if self.rounding == "later" else ():
             if weight.is_function:
                 continue
             try:
-                self.spec(weight)
+                self.format_params(weight)
             except ShapeError as error:
                 problems.append((f"{weight.name}: {error.what} {error.hint}", error.data))
         return problems
@@ -131,7 +131,7 @@ class AWQ(WeightPass):
         dense = [view.output(batch) for batch in batches]
         records: dict[str, dict[str, Any]] = {}
         for producer in producers:
-            weights, seen = _readers(view, producer), inputs_of(view, producer, self.rounding == "later")
+            weights, seen = _consumers(view, producer), inputs_of(view, producer, self.rounding == "later")
             error_of = (
                 self._feedback_error(view, seen, weights)
                 if self.rounding == "later"
@@ -339,7 +339,7 @@ def _slices(producer: Producer, device: torch.device) -> torch.Tensor:
     return torch.tensor(producer.slices, device=device)
 
 
-def _readers(view: BlockView, producer: Producer) -> list[Weight]:
+def _consumers(view: BlockView, producer: Producer) -> list[Weight]:
     """The selected weights that read what the producer makes."""
     read = {consumer.parameter for consumer in producer.consumers}
     return [w for stage in view.stages() for group in stage for w in group if w.parameter in read]

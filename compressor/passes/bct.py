@@ -82,7 +82,7 @@ if TYPE_CHECKING:
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 EXP_LOW = -16.0  # exp(-16) = 1.13e-7 is the largest error of a softmax term that is set to 0
-FORMS = {  # role -> quantization format, if it isn't that of a matrix
+FORMATS = {  # role -> quantization format, if it isn't that of a matrix
     "embedding": "block_embedding",
     "activation": "table_activation",
     "norm": "table_norm",
@@ -159,7 +159,7 @@ class BCT(WeightPass):
         lacking = {name: need for name, (need, is_met) in needs.items() if not is_met}
         if self.stock and lacking:
             raise PydanticCustomError(
-                "no-stock-form", f"stock: true needs {' and '.join(lacking.values())}", {"lacking": list(lacking)}
+                "no-stock-format", f"stock: true needs {' and '.join(lacking.values())}", {"lacking": list(lacking)}
             )
         return self
 
@@ -171,34 +171,34 @@ class BCT(WeightPass):
     def traits(self) -> Traits:
         ranges = self.activations == "static" or {"@activation", "@activation!"} & set(self.only)
         needs = self.decides or self.scale_search == "output" or ranges
-        return Traits(reads="inputs" if needs else "weights", stores=self._form)
+        return Traits(reads="inputs" if needs else "weights", stores=self._format)
 
     @property
-    def _form(self) -> str:
+    def _format(self) -> str:
         if self.stock:
             return "packed_linear"
         return "block_linear" if self.activations == "none" else "block_activation_linear"
 
     def stored(self, weight: Weight) -> str | None:
-        return FORMS.get(weight.role, self._form)
+        return FORMATS.get(weight.role, self._format)
 
-    def spec(self, weight: Weight) -> dict[str, Any]:
+    def format_params(self, weight: Weight) -> dict[str, Any]:
         if self.stock:
-            return stock_spec(weight, self.bits, self.block_shape[1])
+            return stock_params(weight, self.bits, self.block_shape[1])
         if weight.is_function:
-            return self._function_spec(weight, self._table(weight, None))
-        return self._spec(weight, self._bits(weight, None))
+            return self._function_params(weight, self._table(weight, None))
+        return self._format_params(weight, self._bits(weight, None))
 
     def check(self, weights: Sequence[Weight]) -> list[tuple[str, dict[str, Any]]]:
         if not self.decides:
             return []
         weights = [weight for weight in weights if not weight.is_function]
-        least = sum(stored_bytes(weight.shape, self._spec(weight, 4)) for weight in weights)
+        least = sum(stored_bytes(weight.shape, self._format_params(weight, 4)) for weight in weights)
         budget = self._budget_bytes(sum(math.prod(weight.shape) for weight in weights))
         if least > budget:
-            told = f"the budget is {budget:,} bytes, and all {len(weights)} matrices at 4 bits are {least:,} bytes"
+            message = f"the budget is {budget:,} bytes, and all {len(weights)} matrices at 4 bits are {least:,} bytes"
             values = {"budget": budget, "least": least, "matrices": len(weights), "bits": 4}
-            return [(told, {"reason": "budget-too-small", **values})]
+            return [(message, {"reason": "budget-too-small", **values})]
         return []
 
     def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
@@ -255,7 +255,9 @@ class BCT(WeightPass):
                         rounded = [self._quantize(weight, matrix, bits, seen)[2] for bits in (4, 8)]
                         errors[weight.name] = output_errors(matrix, rounded, seen, hessian)
                         count += math.prod(weight.shape)
-                        costs[weight.name] = [stored_bytes(weight.shape, self._spec(weight, bits)) for bits in (4, 8)]
+                        costs[weight.name] = [
+                            stored_bytes(weight.shape, self._format_params(weight, bits)) for bits in (4, 8)
+                        ]
         budget = self._budget_bytes(count)
         bits = choose_bits(errors, costs, budget)
         chosen = sum(costs[name][bits[name] == 8] for name in bits)
@@ -271,16 +273,18 @@ class BCT(WeightPass):
                     codes, scale, rounded = self._quantize(weight, matrix, bits, seen)
                     record = {"weight_error": relative_error(matrix, rounded), "bits": bits}
                     if self.stock:
-                        view.put(weight, stock_layer(codes, scale, self.spec(weight), view.dtype), **record)
+                        view.put(weight, stock_layer(codes, scale, self.format_params(weight), view.dtype), **record)
                         continue
-                    spec = self._spec(weight, bits)
-                    more: dict[str, Any] = {key: spec[key] for key in ("activations", "biased") if key in spec}
+                    format_params = self._format_params(weight, bits)
+                    more: dict[str, Any] = {
+                        key: format_params[key] for key in ("activations", "biased") if key in format_params
+                    }
                     if "biased" in more:
                         more |= self._bias_blocks(weight, view)
                     if more.get("activations") == "static":
                         more["input_exponent"] = self._input_exponent(weight, seen)
                     layer: Any = find_layer(str(self.stored(weight)))
-                    stored = layer.pack(codes, scale, bits=bits, block=tuple(spec["block"]), **more)
+                    stored = layer.pack(codes, scale, bits=bits, block=tuple(format_params["block"]), **more)
                     view.put(weight, stored, **record)
         self._put_tables(view)
 
@@ -305,7 +309,7 @@ class BCT(WeightPass):
             tensors = {"table": table.values.to(view.device)}
             if function.shape:
                 tensors["weight"] = view.gain(function)
-            layer = find_layer(str(self.stored(function))).from_tensors(self._function_spec(function, table), tensors)
+            layer = find_layer(str(self.stored(function))).from_tensors(self._function_params(function, table), tensors)
             view.put(function, layer, **self._bound(function, table))
 
     def _table(self, function: Weight, seen: Range | None) -> Table:
@@ -318,7 +322,7 @@ class BCT(WeightPass):
             return activation_table(name, -KNOWN[name].reach, KNOWN[name].reach, self.table_entries)
         return activation_table(name, seen.smallest, seen.largest, self.table_entries)
 
-    def _function_spec(self, function: Weight, table: Table) -> dict[str, Any]:
+    def _function_params(self, function: Weight, table: Table) -> dict[str, Any]:
         found: dict[str, Any] = {"step": table.step, "lookup": self.table_lookup, "entries": self.table_entries}
         if function.role == "activation":
             return {**found, **function.facts, "low": table.low, "slopes": KNOWN[function.facts["function"]].slopes}
@@ -345,15 +349,15 @@ class BCT(WeightPass):
     def _block(self, weight: Weight) -> tuple[int, int]:
         return (1, self.embedding_block or weight.in_features) if weight.role == "embedding" else self.block_shape
 
-    def _spec(self, weight: Weight, bits: int) -> dict[str, Any]:
-        spec: dict[str, Any] = {"bits": bits, "block": list(self._block(weight)), "scale": self.scale}
+    def _format_params(self, weight: Weight, bits: int) -> dict[str, Any]:
+        format_params: dict[str, Any] = {"bits": bits, "block": list(self._block(weight)), "scale": self.scale}
         if bits == 4 and weight.in_features % 2:
-            spec["odd"] = True
+            format_params["odd"] = True
         if self.biases and weight.bias is not None:
-            spec["biased"] = True
+            format_params["biased"] = True
         if weight.role != "embedding" and self.activations != "none":
-            spec["activations"] = self.activations
-        return spec
+            format_params["activations"] = self.activations
+        return format_params
 
     def _quantize(
         self, weight: Weight, matrix: torch.Tensor, bits: int, seen: Seen | None
@@ -446,7 +450,7 @@ class Seen:
         return self
 
 
-def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
+def stock_params(weight: Weight, bits: int, width: int) -> dict[str, Any]:
     """Blocks [1, width] as groups of packed_linear. raises ShapeError for a weight that can't have such groups"""
     if weight.role == "embedding" or weight.is_function:
         does = "is a function" if weight.is_function else "is an embedding"
@@ -466,7 +470,9 @@ def stock_spec(weight: Weight, bits: int, width: int) -> dict[str, Any]:
     return {"bits": bits, "group_size": width if width <= weight.in_features else -1, "symmetric": True}
 
 
-def stock_layer(codes: torch.Tensor, exponent: torch.Tensor, spec: dict[str, Any], dtype: torch.dtype) -> Layer:
+def stock_layer(
+    codes: torch.Tensor, exponent: torch.Tensor, format_params: dict[str, Any], dtype: torch.dtype
+) -> Layer:
     """Codes (out, in) with exponents (out, groups) as packed_linear, whose scales have the model's dtype.
 
     Values of a float16 model are multiples of 2^-24, its least number. A block with a smaller scale gets 2^-24, and
@@ -481,14 +487,14 @@ def stock_layer(codes: torch.Tensor, exponent: torch.Tensor, spec: dict[str, Any
             codes.shape[1] // exponent.shape[1], 1
         )
         codes, exponent = torch.round(codes * down).to(torch.int8), raised
-    return PackedLinear.pack(codes, power_of_two(exponent, torch.float32).to(dtype), None, **spec)
+    return PackedLinear.pack(codes, power_of_two(exponent, torch.float32).to(dtype), None, **format_params)
 
 
-def stored_bytes(shape: tuple[int, ...], spec: dict[str, Any]) -> int:
+def stored_bytes(shape: tuple[int, ...], format_params: dict[str, Any]) -> int:
     """Bytes of the tensors of a weight (out, in), without its bias and without the scales of static activations."""
-    (rows, columns), (height, width) = shape, spec["block"]
-    a_scale = 1 if spec["scale"] == "shift" else 2
-    return rows * -(-columns * spec["bits"] // 8) + a_scale * -(-rows // height) * -(-columns // width)
+    (rows, columns), (height, width) = shape, format_params["block"]
+    a_scale = 1 if format_params["scale"] == "shift" else 2
+    return rows * -(-columns * format_params["bits"] // 8) + a_scale * -(-rows // height) * -(-columns // width)
 
 
 def relative_error(matrix: torch.Tensor, rounded: torch.Tensor) -> float:

@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from compressor.layers.low_rank_linear import LowRankLinear
     from compressor.layers.sparse_factor_linear import SparseFactorLinear
 
-FORM, RIVAL, DENSE = "sparse_factor_linear", "low_rank_linear", "dense"
+FORMAT, RIVAL, DENSE = "sparse_factor_linear", "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
 WIDEST_BLOCK = 384  # the cost of a pursuit grows with k² m, and k and m grow with the block
 NARROWEST_BLOCK = 8
@@ -225,7 +225,7 @@ class DSFormer(WeightPass):
 
     @property
     def traits(self) -> Traits:
-        return Traits(reads="inputs" if self.metric == "output" else "weights", stores=FORM)
+        return Traits(reads="inputs" if self.metric == "output" else "weights", stores=FORMAT)
 
     @property
     def unplanned(self) -> str:
@@ -237,13 +237,13 @@ class DSFormer(WeightPass):
 
     def stored(self, weight: Weight) -> str | None:
         if weight.is_function or weight.role == "embedding":  # refused at any size
-            return FORM
-        return FORM if self._shape(weight) else DENSE
+            return FORMAT
+        return FORMAT if self._shape(weight) else DENSE
 
     def alternatives(self, weight: Weight) -> tuple[str, ...]:
         return (RIVAL,) if self.max_rel_error is None else (RIVAL, DENSE)
 
-    def spec(self, weight: Weight) -> dict[str, Any]:
+    def format_params(self, weight: Weight) -> dict[str, Any]:
         block = self._block(weight)
         atoms, k = self._shape(weight) or (1, 1)
         return {"block": block, "atoms": atoms, "k": k, "values": self.values}
@@ -279,7 +279,7 @@ class DSFormer(WeightPass):
         try:
             block = self._block(weight)
         except ShapeError:
-            return 1, 1  # `spec` raises the error
+            return 1, 1  # `format_params` raises the error
         if self.atoms is not None and self.k is not None:
             size = block_bytes(weight.shape, block, self.atoms, self.k, self.values)
             return (self.atoms, self.k) if shrinks(weight.shape, size) else None

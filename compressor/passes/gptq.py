@@ -34,7 +34,13 @@ from compressor.bounds import Count
 from compressor.errors import PassError
 from compressor.lazy import torch
 from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor, permuted
-from compressor.methods.quantization.packed_codes import GroupSize, group_width, packed_spec, store, stored_form
+from compressor.methods.quantization.packed_codes import (
+    GroupSize,
+    group_width,
+    packed_params,
+    quantization_format,
+    store,
+)
 from compressor.methods.quantization.uniform_grid import Grid, dequantize, find_grid, quantize
 from compressor.protocol import BlockView, DataSize, Folds, Group, Stage, Traits, Weight, WeightPass, Work
 from compressor.protocol.work import inverse_factor as factor_work
@@ -117,10 +123,10 @@ class GPTQ(WeightPass):
 
     @property
     def traits(self) -> Traits:
-        return Traits(reads="inputs", stores=stored_form(self.bits, self.symmetric, self._permutes_groups))
+        return Traits(reads="inputs", stores=quantization_format(self.bits, self.symmetric, self._permutes_groups))
 
-    def spec(self, weight: Weight) -> dict[str, Any]:
-        return packed_spec(weight, self.bits, self.group_size, self.symmetric, self._permutes_groups)
+    def format_params(self, weight: Weight) -> dict[str, Any]:
+        return packed_params(weight, self.bits, self.group_size, self.symmetric, self._permutes_groups)
 
     def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
         """The counts at the top of this file."""

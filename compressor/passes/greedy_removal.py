@@ -48,7 +48,7 @@ from compressor.methods.pruning.counted_work import kept_bytes, load_again
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition
-from compressor.methods.pruning.removal_trials import RANKED_SHARE, Gone, Losses, Remembered, Trials
+from compressor.methods.pruning.removal_trials import RANKED_SHARE, Losses, Remembered, RemovedUnits, Trials
 from compressor.model.facts import PrunableModule
 from compressor.protocol import (
     DataSize,
@@ -69,7 +69,7 @@ KINDS = ("heads", "ffn")
 SAMPLES_AT_ONCE = 4  # of a batch; the ranking uses whole batches
 HOPELESS = 2.0  # times what the bound still allows: a candidate that adds more than this alone isn't measured again
 MEASURED_SHARE = 0.25  # of the candidates, to predict the time: measurements of all samples for each that is ranked
-Removed = frozenset[tuple[str, int]]  # the same as Gone, as a key
+RemovedKey = frozenset[tuple[str, int]]  # the same as RemovedUnits, as a key
 Tier = Literal["blocks", "sub_blocks", "heads"]
 
 
@@ -161,11 +161,11 @@ class GreedyRemoval(RewritePass):
 
     def _evaluations(self, model: ModelFacts) -> tuple[int, int]:
         """Largest numbers of losses that are measured: on all samples, and on those of the ranking."""
-        sites = model.prunable(KINDS)
+        prunables = model.prunable(KINDS)
         whole, ranked = 1, 0
         for tier in self.tiers:
             left = self.max_evaluations - whole - ranked
-            candidates = len(self._candidates(tier, sites))
+            candidates = len(self._candidates(tier, prunables))
             if self.order == "loss":
                 ranked += (tried := min(candidates, left // 2))
                 candidates = tried
@@ -174,27 +174,27 @@ class GreedyRemoval(RewritePass):
 
     def choose(self, model: RunnableModel) -> Decision:
         """Search for the parts to remove. raises PassError for data that can't be used for the search"""
-        sites = model.facts.prunable(KINDS)
-        size = model_size(model.facts, sites, measure="parameters", of="blocks", tokens=1)
-        trials = Trials.of(model, sites, self.loss, self.confirm)
+        prunables = model.facts.prunable(KINDS)
+        size = model_size(model.facts, prunables, measure="parameters", of="blocks", tokens=1)
+        trials = Trials.of(model, prunables, self.loss, self.confirm)
         remember = Remembered(model, self.save_every)
 
-        def enough(gone: Gone) -> bool:
-            left = {site.name: site.units - len(gone.get(site.name, ())) for site in sites}
+        def enough(removed: RemovedUnits) -> bool:
+            left = {prunable.name: prunable.units - len(removed.get(prunable.name, ())) for prunable in prunables}
             return self.target is not None and size.of(left) <= (1 - self.target) * size.full
 
-        def fits(gone: Gone) -> bool:
-            return self._why_not_stock(model.facts, sites, gone) is None
+        def fits(removed: RemovedUnits) -> bool:
+            return self._why_not_stock(model.facts, prunables, removed) is None
 
         def remembered(measure: Callable[[], torch.Tensor]) -> torch.Tensor:
             model.progress(f"evaluation {remember.count + 1}", remember.count / self.max_evaluations)
             return remember(measure)
 
-        def rank(gone: Gone) -> Losses:
-            return trials.means(remembered(lambda: trials.sums(gone, trials.ranking)))
+        def rank(removed: RemovedUnits) -> Losses:
+            return trials.means(remembered(lambda: trials.sums(removed, trials.ranking)))
 
-        def measure(gone: Gone) -> Losses:
-            return trials.least(remembered(lambda: trials.sums_within(gone, limit)))
+        def measure(removed: RemovedUnits) -> Losses:
+            return trials.least(remembered(lambda: trials.sums_within(removed, limit)))
 
         base = trials.means(remembered(lambda: trials.sums({}, range(model.batches))))
         if not math.isfinite(base.search + base.confirm):
@@ -205,33 +205,33 @@ class GreedyRemoval(RewritePass):
             )
         # a ranking on all samples needs all their losses
         limit = base.raised(self.max_loss_increase if trials.is_sampled else math.inf)
-        search = Search(self, base, measure, enough, sites, rank if trials.is_sampled else None, fits)
+        search = Search(self, base, measure, enough, prunables, rank if trials.is_sampled else None, fits)
         for tier in self.tiers:
-            search.walk(self._candidates(tier, sites))
+            search.walk(self._candidates(tier, prunables))
         return {
-            **_decision(sites, search.gone),
+            **_decision(prunables, search.removed),
             "log": search.log,
             "figures": {"dense": list(base[:2]), "after": list(search.now[:2]), "evaluations": remember.count},
         }
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
-        sites = model.prunable(KINDS)
-        self._protected(sites)
+        prunables = model.prunable(KINDS)
+        self._protected(prunables)
         if self.export == "stock" and decision is None:
-            self._check_stock(model, sites)
+            self._check_stock(model, prunables)
         if decision is None:  # the run decides how much is removed, maybe nothing
             decision = {"sites": {}, "hidden": None, "removed": []}
-            return replace(pruned_redefinition(model, sites, decision, self.export), decision=None)
-        return replace(pruned_redefinition(model, sites, decision, self.export), decision=decision)
+            return replace(pruned_redefinition(model, prunables, decision, self.export), decision=None)
+        return replace(pruned_redefinition(model, prunables, decision, self.export), decision=decision)
 
     def rewrite(self, view: PartView, state: State) -> State:
         assert view.redefinition.decision is not None  # this pass always decides
         prune(view, view.facts.prunable(KINDS), view.redefinition.decision)
         return state
 
-    def _protected(self, sites: Sequence[PrunableModule]) -> set[int]:
+    def _protected(self, prunables: Sequence[PrunableModule]) -> set[int]:
         """Numbers of protected blocks. raises PreflightError for one that doesn't exist"""
-        count = 1 + max(site.block for site in sites)
+        count = 1 + max(prunable.block for prunable in prunables)
         if wrong := [block for block in self.protect_layers if not -count <= block < count]:
             raise PreflightError(
                 f"block {wrong[0]} is protected, but the model has {count} blocks",
@@ -241,7 +241,7 @@ class GreedyRemoval(RewritePass):
             )
         return {block % count for block in self.protect_layers}
 
-    def _check_stock(self, model: ModelFacts, sites: Sequence[PrunableModule]) -> None:
+    def _check_stock(self, model: ModelFacts, prunables: Sequence[PrunableModule]) -> None:
         """raises PreflightError if nothing can be removed without a modeling file"""
         if other := [tier for tier in self.tiers if tier != "blocks"]:
             raise PreflightError(
@@ -250,7 +250,7 @@ class GreedyRemoval(RewritePass):
                 hint="Set tiers: [blocks], or export: auto, which adds a modeling file.",
                 data={"reason": "tier-not-stock", "tier": other[0]},
             )
-        whys = (self._why_not_stock(model, sites, found) for found in self._removed_alone(sites))
+        whys = (self._why_not_stock(model, prunables, found) for found in self._removed_alone(prunables))
         last: str | None = "none may be removed"
         for last in whys:
             if last is None:
@@ -262,45 +262,49 @@ class GreedyRemoval(RewritePass):
             data={"reason": "no-stock-model", "model": model.architecture, "because": values_of(last)},
         )
 
-    def _removed_alone(self, sites: Sequence[PrunableModule]) -> Iterator[Gone]:
-        for candidate in self._candidates("blocks", sites):
+    def _removed_alone(self, prunables: Sequence[PrunableModule]) -> Iterator[RemovedUnits]:
+        for candidate in self._candidates("blocks", prunables):
             yield {name: set(units) for name, units in candidate.units}
 
-    def _why_not_stock(self, model: ModelFacts, sites: Sequence[PrunableModule], gone: Gone) -> str | None:
+    def _why_not_stock(
+        self, model: ModelFacts, prunables: Sequence[PrunableModule], removed: RemovedUnits
+    ) -> str | None:
         """Why the model's own class can't be made without these parts; None if it can, or need not be."""
         if self.export != "stock":
             return None
         try:
-            pruned_redefinition(model, sites, _decision(sites, gone), self.export)
+            pruned_redefinition(model, prunables, _decision(prunables, removed), self.export)
         except PreflightError as refusal:
             return Because(refusal.what, **refusal.data)
         return None
 
-    def _candidates(self, tier: Tier, sites: Sequence[PrunableModule]) -> list[Candidate]:
+    def _candidates(self, tier: Tier, prunables: Sequence[PrunableModule]) -> list[Candidate]:
         """Candidates of a tier, in forward order."""
-        protected = self._protected(sites)
-        open_sites = [site for site in sites if site.block not in protected]
+        protected = self._protected(prunables)
+        open_prunables = [prunable for prunable in prunables if prunable.block not in protected]
         if tier == "heads":
-            heads = [site for site in open_sites if site.kind == "heads" and not site.layout.per_layer]
-            return [
-                Candidate(f"{site.name} {unit}", site.block, ((site.name, (unit,)),))
-                for site in heads
-                for unit in range(site.units)
+            heads = [
+                prunable for prunable in open_prunables if prunable.kind == "heads" and not prunable.layout.per_layer
             ]
-        whole = [site for site in open_sites if site.layout.removal is not None]
-        units = {site.name: (site.name, tuple(range(site.units))) for site in whole}
+            return [
+                Candidate(f"{prunable.name} {unit}", prunable.block, ((prunable.name, (unit,)),))
+                for prunable in heads
+                for unit in range(prunable.units)
+            ]
+        whole = [prunable for prunable in open_prunables if prunable.layout.removal is not None]
+        units = {prunable.name: (prunable.name, tuple(range(prunable.units))) for prunable in whole}
         if tier == "sub_blocks":
-            return [Candidate(site.name, site.block, (units[site.name],)) for site in whole]
+            return [Candidate(prunable.name, prunable.block, (units[prunable.name],)) for prunable in whole]
         found = []
-        for block in dict.fromkeys(site.block for site in whole):
-            inside = [site for site in sites if site.block == block]
-            if all(site.name in units for site in inside):
-                found.append(Candidate(f"block {block}", block, tuple(units[site.name] for site in inside)))
+        for block in dict.fromkeys(prunable.block for prunable in whole):
+            inside = [prunable for prunable in prunables if prunable.block == block]
+            if all(prunable.name in units for prunable in inside):
+                found.append(Candidate(f"block {block}", block, tuple(units[prunable.name] for prunable in inside)))
         return found
 
 
-def _decision(sites: Sequence[PrunableModule], gone: Gone) -> Decision:
-    left = {s.name: [u for u in range(s.units) if u not in gone.get(s.name, ())] for s in sites}
+def _decision(prunables: Sequence[PrunableModule], removed: RemovedUnits) -> Decision:
+    left = {s.name: [u for u in range(s.units) if u not in removed.get(s.name, ())] for s in prunables}
     return {
         "sites": {name: units for name, units in left.items() if units},
         "hidden": None,
@@ -308,16 +312,16 @@ def _decision(sites: Sequence[PrunableModule], gone: Gone) -> Decision:
     }
 
 
-def _without(gone: Gone, candidates: Sequence[Candidate]) -> Gone:
-    found = {name: set(units) for name, units in gone.items()}
+def _without(removed: RemovedUnits, candidates: Sequence[Candidate]) -> RemovedUnits:
+    found = {name: set(units) for name, units in removed.items()}
     for candidate in candidates:
         for name, units in candidate.units:
             found[name] = found.get(name, set()) | set(units)
     return found
 
 
-def _frozen(gone: Gone) -> Removed:
-    return frozenset((name, unit) for name, units in gone.items() for unit in units)
+def _frozen(removed: RemovedUnits) -> RemovedKey:
+    return frozenset((name, unit) for name, units in removed.items() for unit in units)
 
 
 @dataclass
@@ -333,24 +337,24 @@ class Search:
 
     settings: GreedyRemoval
     base: Losses
-    measure: Callable[[Gone], Losses]
-    enough: Callable[[Gone], bool]
-    sites: Sequence[PrunableModule]
-    rank: Callable[[Gone], Losses] | None = None
-    fits: Callable[[Gone], bool] = lambda gone: True
-    gone: Gone = field(default_factory=dict)
+    measure: Callable[[RemovedUnits], Losses]
+    enough: Callable[[RemovedUnits], bool]
+    prunables: Sequence[PrunableModule]
+    rank: Callable[[RemovedUnits], Losses] | None = None
+    fits: Callable[[RemovedUnits], bool] = lambda removed: True
+    removed: RemovedUnits = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 1
 
     def __post_init__(self) -> None:
         self.now = self.base
         self.limit = self.base.raised(self.settings.max_loss_increase)
-        self._known: dict[Removed, Losses] = {_frozen(self.gone): self.base}
+        self._known: dict[RemovedKey, Losses] = {_frozen(self.removed): self.base}
 
     def walk(self, candidates: Sequence[Candidate]) -> None:
         """Run one tier: rank the candidates, and remove them in that order if the losses allow it."""
         adds: dict[str, float] = {}
-        order = [candidate for candidate in reversed(candidates) if self._may_go(candidate, self.gone)]
+        order = [candidate for candidate in reversed(candidates) if self._may_be_removed(candidate, self.removed)]
         if self.settings.order == "loss":
             order = order[: (self.settings.max_evaluations - self.evaluations) // 2]
             adds = self._ranking(order)
@@ -361,12 +365,12 @@ class Search:
 
     def _ranking(self, candidates: Sequence[Candidate]) -> dict[str, float]:
         """What each candidate alone adds to the loss, on the samples of the ranking."""
-        alone = {candidate.name: _without(self.gone, [candidate]) for candidate in candidates}
+        alone = {candidate.name: _without(self.removed, [candidate]) for candidate in candidates}
         if self.rank is None or not candidates:
-            return {name: self._measured(gone).search - self.now.search for name, gone in alone.items()}
+            return {name: self._measured(removed).search - self.now.search for name, removed in alone.items()}
         self.evaluations += 1 + len(candidates)
-        before = self.rank(self.gone).search
-        return {name: self.rank(gone).search - before for name, gone in alone.items()}
+        before = self.rank(self.removed).search
+        return {name: self.rank(removed).search - before for name, removed in alone.items()}
 
     def _try(self, order: Sequence[Candidate], adds: dict[str, float]) -> list[Candidate]:
         """Remove candidates in this order as the losses allow it. Returns those that were measured and failed.
@@ -377,15 +381,15 @@ class Search:
         waiting, most = deque(order), len(order)
         suspects = 0  # of the next candidates, so many exceed the bound together
         while group := self._next(waiting, adds, max(1, suspects // 2) if suspects else most):
-            gone = _without(self.gone, group)
-            if _frozen(gone) not in self._known and self.evaluations >= self.settings.max_evaluations:
+            removed = _without(self.removed, group)
+            if _frozen(removed) not in self._known and self.evaluations >= self.settings.max_evaluations:
                 break
-            found = self._measured(gone)
+            found = self._measured(removed)
             goes = found.is_within(self.limit)
             row = {"what": " + ".join(c.name for c in group), "search": found.search, "confirm": found.confirm}
             self.log.append(row | {"removed": goes} | ({} if found.measured == 1 else {"measured": found.measured}))
             if goes:
-                self.gone, self.now = gone, found
+                self.removed, self.now = removed, found
                 suspects = max(0, suspects - len(group))
                 most *= 2
             elif len(group) == 1:
@@ -403,11 +407,11 @@ class Search:
         group: list[Candidate] = []
         predicted = self.now.search
         while waiting and len(group) < most:
-            candidate, gone = waiting[0], _without(self.gone, group)
+            candidate, removed = waiting[0], _without(self.removed, group)
             more = adds.get(candidate.name)
             if group and (more is None or predicted + more > self.limit.search):
                 break
-            if self.enough(gone) or not self._may_go(candidate, gone):
+            if self.enough(removed) or not self._may_be_removed(candidate, removed):
                 if group:
                     break  # it may go if the group may not
                 waiting.popleft()
@@ -420,26 +424,26 @@ class Search:
             group.append(candidate)
         return group
 
-    def _measured(self, gone: Gone) -> Losses:
+    def _measured(self, removed: RemovedUnits) -> Losses:
         """Losses without these, which are measured once."""
-        if _frozen(gone) not in self._known:
+        if _frozen(removed) not in self._known:
             self.evaluations += 1
-            self._known[_frozen(gone)] = self.measure(gone)
-        return self._known[_frozen(gone)]
+            self._known[_frozen(removed)] = self.measure(removed)
+        return self._known[_frozen(removed)]
 
-    def _may_go(self, candidate: Candidate, gone: Gone) -> bool:
+    def _may_be_removed(self, candidate: Candidate, removed: RemovedUnits) -> bool:
         """Whether it may be removed: part is left, no module is emptied head by head, its kind keeps a module, and what
         is left can be exported.
         """
-        after, whole = _without(gone, [candidate]), {name for name, units in candidate.units if len(units) > 1}
-        by_name = {site.name: site for site in self.sites}
-        if all(after[name] == gone.get(name, set()) for name, _ in candidate.units):
+        after, whole = _without(removed, [candidate]), {name for name, units in candidate.units if len(units) > 1}
+        by_name = {prunable.name: prunable for prunable in self.prunables}
+        if all(after[name] == removed.get(name, set()) for name, _ in candidate.units):
             return False
         for name, _ in candidate.units:
-            is_gone = len(after[name]) == by_name[name].units
-            if is_gone and name not in whole and by_name[name].units > 1:
+            is_removed = len(after[name]) == by_name[name].units
+            if is_removed and name not in whole and by_name[name].units > 1:
                 return False
-            alike = [site for site in self.sites if site.kind == by_name[name].kind]
-            if is_gone and all(len(after.get(site.name, ())) == site.units for site in alike):
+            alike = [prunable for prunable in self.prunables if prunable.kind == by_name[name].kind]
+            if is_removed and all(len(after.get(prunable.name, ())) == prunable.units for prunable in alike):
                 return False
         return self.fits(after)

@@ -113,7 +113,7 @@ class LLMInt8(WeightPass):
     def sizes_are(self) -> Literal["exact", "upper bounds", "lower bounds"]:
         return "exact" if self.outliers == "dynamic" else "lower bounds"
 
-    def spec(self, weight: Weight) -> dict[str, Any]:
+    def format_params(self, weight: Weight) -> dict[str, Any]:
         """The format parameters. `plan` counts no outlier columns, since calibration decides their number."""
         found = {"threshold": self.threshold, "outliers": self.outliers}
         return found if self.outliers == "dynamic" else {**found, "outlier_columns": 0}

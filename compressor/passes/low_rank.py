@@ -45,7 +45,7 @@ from compressor.methods.factorization.low_rank import (
 )
 from compressor.protocol import BlockView, DataSize, Decision, Traits, Weight, WeightPass, WholeModel, Work
 
-FORM, DENSE = "low_rank_linear", "dense"
+FORMAT, DENSE = "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
 
 
@@ -98,7 +98,7 @@ class LowRank(WeightPass):
 
     @property
     def traits(self) -> Traits:
-        return Traits(reads="inputs" if self.metric == "output" else "weights", stores=FORM)
+        return Traits(reads="inputs" if self.metric == "output" else "weights", stores=FORMAT)
 
     @property
     def decides(self) -> bool:
@@ -120,13 +120,13 @@ class LowRank(WeightPass):
 
     def stored(self, weight: Weight) -> str | None:
         if weight.is_function or weight.role == "embedding":  # refused at any size
-            return FORM
-        return FORM if self._planned_rank(weight.shape) else DENSE
+            return FORMAT
+        return FORMAT if self._planned_rank(weight.shape) else DENSE
 
     def alternatives(self, weight: Weight) -> tuple[str, ...]:
         return (DENSE,) if self._may_stay_dense else ()
 
-    def spec(self, weight: Weight) -> dict[str, Any]:
+    def format_params(self, weight: Weight) -> dict[str, Any]:
         return {"rank": self._planned_rank(weight.shape), "values": self.values}
 
     def _planned_rank(self, shape: Sequence[int]) -> int:
@@ -144,11 +144,11 @@ class LowRank(WeightPass):
         matrices = [weight.shape for weight in weights if not weight.is_function]
         least = sum(min(low_rank_bytes(shape, 1, self.values), dense_bytes(shape)) for shape in matrices)
         if least > self.budget:
-            told = (
+            message = (
                 f"the budget is {self.budget:,} bytes, and all {len(matrices)} matrices at rank 1 are {least:,} bytes"
             )
             values = {"budget": self.budget, "least": least, "matrices": len(matrices), "rank": 1}
-            return [(told, {"reason": "budget-too-small", **values})]
+            return [(message, {"reason": "budget-too-small", **values})]
         return []
 
     def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:

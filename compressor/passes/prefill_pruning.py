@@ -91,7 +91,7 @@ class PrefillPruning(TokenPass):
                     where="prefill_pruning",
                     hint="Remove one of the two steps from the recipe.",
                 )
-            spec = {
+            format_params = {
                 "number": number,
                 "begin": min(gates),
                 "last": number == depth - 1,
@@ -100,7 +100,7 @@ class PrefillPruning(TokenPass):
                 "min_prompt": self.min_prompt,
                 "revive": self.revive,
             }
-            modules[path] = {"form": "lazy_block", "spec": spec, "shape": []}
+            modules[path] = {"form": "lazy_block", "spec": format_params, "shape": []}
         redefinition = Redefinition({"compressed_modules": modules}, notes=(NOTE,))
         if (why := model.fits(redefinition)) is not None:
             raise PreflightError(

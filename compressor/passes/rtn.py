@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compressor.methods.quantization.packed_codes import GroupSize, packed_spec, store_nearest, stored_form
+from compressor.methods.quantization.packed_codes import GroupSize, packed_params, quantization_format, store_nearest
 from compressor.protocol import BlockView, DataSize, Traits, Weight, WeightPass, Work
 
 PASSES_OVER_VALUES = 80  # copies, rounding and packing of a weight; packing takes most of it
@@ -35,10 +35,10 @@ class RTN(WeightPass):
 
     @property
     def traits(self) -> Traits:
-        return Traits(reads="weights", stores=stored_form(self.bits, self.symmetric))
+        return Traits(reads="weights", stores=quantization_format(self.bits, self.symmetric))
 
-    def spec(self, weight: Weight) -> dict[str, Any]:
-        return packed_spec(weight, self.bits, self.group_size, self.symmetric)
+    def format_params(self, weight: Weight) -> dict[str, Any]:
+        return packed_params(weight, self.bits, self.group_size, self.symmetric)
 
     def work(self, weights: Sequence[Weight], data: DataSize, run: Work) -> Work:
         count = float(sum(weight.out_features * weight.in_features for weight in weights))

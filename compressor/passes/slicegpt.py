@@ -74,8 +74,8 @@ from compressor.methods.rotation.sliced_shapes import (
     global_parameters,
     global_redefinition,
     kept_width,
-    per_site_parameters,
-    per_site_redefinition,
+    per_sublayer_parameters,
+    per_sublayer_redefinition,
     scheduled_widths,
     staggered_widths,
     stream_shape,
@@ -206,7 +206,7 @@ class SliceGPT(RewritePass):
         notes: tuple[str, ...] = (HARD,) if self.sparsity > HARD_FROM else ()
         if decision is not None:
             widths, one = decision["widths"], decision["orientation"] == "global"
-            found = global_redefinition(model, widths[0]) if one else per_site_redefinition(model, widths)
+            found = global_redefinition(model, widths[0]) if one else per_sublayer_redefinition(model, widths)
             return replace(found, notes=(*notes, *decision["notes"]), decision=decision)
         if self.orientation != "per_site":
             if (why := _why_not_global(model, kept)) is None:
@@ -215,16 +215,18 @@ class SliceGPT(RewritePass):
             notes += (
                 f"{model.architecture} can't be narrower by its config alone ({why}), so orientation is per_site",
             )
-        self._refuse_growth(model, lambda width: per_site_parameters(shape, uniform_widths(shape, width)), shape.width)
+        self._refuse_growth(
+            model, lambda width: per_sublayer_parameters(shape, uniform_widths(shape, width)), shape.width
+        )
         if self.schedule == "variance":  # refuses blocks that can't read one width and write another
-            per_site_redefinition(model, staggered_widths(shape, kept, self.round_to))
-        return replace(per_site_redefinition(model, uniform_widths(shape, kept)), notes=notes)
+            per_sublayer_redefinition(model, staggered_widths(shape, kept, self.round_to))
+        return replace(per_sublayer_redefinition(model, uniform_widths(shape, kept)), notes=notes)
 
     def choose(self, model: RunnableModel) -> Decision:
         """{orientation, widths, figures: [{orientation, widths, parameters, divergence}], notes}"""
         facts = model.facts
         shape, kept = stream_shape(facts.residual, facts.shapes), self._kept(facts.residual.width)
-        budget, compares = per_site_parameters(shape, uniform_widths(shape, kept)), False
+        budget, compares = per_sublayer_parameters(shape, uniform_widths(shape, kept)), False
         if self.orientation == "auto" and _why_not_global(facts, kept) is None:
             budget, compares = global_parameters(shape, kept), True
         seen = self._look(model)
@@ -239,15 +241,14 @@ class SliceGPT(RewritePass):
         figures: list[dict[str, Any]] = []
         for name, end in ends.items():
             here = (kept,) if name == "global" or widths is None else widths
-            count = budget if name == "global" or widths is None else per_site_parameters(shape, widths)
+            count = budget if name == "global" or widths is None else per_sublayer_parameters(shape, widths)
             figure = {"orientation": name, "widths": list(here), "parameters": count}
             figures.append({**figure, "divergence": _divergence(model, seen["end"], end)})
         best = min(figures, key=lambda figure: figure["divergence"])
-        told = [f"{f['orientation']}: {f['divergence']:.4g} with {f['parameters']:,} parameters" for f in figures]
+        reported = [f"{f['orientation']}: {f['divergence']:.4g} with {f['parameters']:,} parameters" for f in figures]
         why = f" (per_site {why_not})" if why_not else ""
-        note = (
-            f"divergence from the dense model on calibration data, {'; '.join(told)}{why}: {best['orientation']} kept"
-        )
+        summary = f"{'; '.join(reported)}{why}: {best['orientation']} kept"
+        note = f"divergence from the dense model on calibration data, {summary}"
         return {"orientation": best["orientation"], "widths": best["widths"], "figures": figures, "notes": [note]}
 
     def survey(self, views: Iterator[PartView]) -> State:
@@ -340,15 +341,15 @@ class SliceGPT(RewritePass):
         if self.sparsity and after >= model.given:
             helps = widest_that_shrinks(count, model.given, width, self.round_to)
             least = "Leave slicegpt out: no sparsity up to 0.5 makes this model smaller"
-            told: dict[str, Any] = {"after": after, "before": model.given, "least": None}
+            reported: dict[str, Any] = {"after": after, "before": model.given, "least": None}
             if helps is not None and helps >= width / 2:
                 least = f"Set slicegpt.sparsity to {1 - helps / width:.3f} or more, which makes the model smaller"
-                told["least"] = round(1 - helps / width, 3)
+                reported["least"] = round(1 - helps / width, 3)
             raise PreflightError(
                 f"the model would have {after:,} parameters, and has {model.given:,} now",
                 where="slicegpt.sparsity",
                 hint=f"{least}.",
-                data=told,
+                data=reported,
             )
 
     def _look(self, model: RunnableModel) -> dict[str, Any]:
@@ -372,7 +373,7 @@ class SliceGPT(RewritePass):
         """Widths of a per_site model with at most this number of parameters, or None and the reason."""
 
         def count(width: int) -> int:
-            return per_site_parameters(shape, uniform_widths(shape, width))
+            return per_sublayer_parameters(shape, uniform_widths(shape, width))
 
         widest = widest_that_shrinks(count, budget + 1, shape.width, self.round_to)
         if widest is None:
@@ -382,7 +383,7 @@ class SliceGPT(RewritePass):
             least = max(self.round_to, widest // 2 - widest // 2 % self.round_to)
             widths = scheduled_widths(shape, [values.tolist() for values in spectra], budget, self.round_to, least)
         try:
-            per_site_redefinition(facts, widths)
+            per_sublayer_redefinition(facts, widths)
         except CompressError as error:
             return None, error.what
         return widths, ""

@@ -45,12 +45,12 @@ from compressor.errors import PreflightError
 from compressor.methods.divergence import divergence_work
 from compressor.methods.pruning.counted_work import kept_bytes, load_again, repair_work
 from compressor.methods.pruning.mask_training import Course, train_masks
-from compressor.methods.pruning.masked_forward import Places, Reader, StreamNorm, reader_columns
+from compressor.methods.pruning.masked_forward import MaskedProjection, Places, StreamNorm, projection_columns
 from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition, width_key
 from compressor.methods.pruning.reconstruction import HELD_OUT, HELD_OUT_TOKENS, RIDGE
-from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, cut, target_size
+from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, prune_to_size, target_size
 from compressor.model.facts import PrunableModule
 from compressor.protocol import (
     DataSize,
@@ -183,9 +183,9 @@ class VTrans(RewritePass):
         found[0] += (head.run * (2 * step) + divergence_work(step, head.outputs)) * self.steps + head.run * data.tokens
         if self.reconstruct:
             solved: dict[int, list[tuple[int, int, int]]] = {}
-            for site in model.prunable(self._kinds):
-                outputs, inputs = _projection_shape(model, site)
-                solved.setdefault(site.block, []).append((outputs, inputs, round((1 - self.target) * inputs)))
+            for prunable in model.prunable(self._kinds):
+                outputs, inputs = _projection_shape(model, prunable)
+                solved.setdefault(prunable.block, []).append((outputs, inputs, round((1 - self.target) * inputs)))
             for number, block in enumerate(blocks):
                 found[number + 1] += block.run * data.tokens
                 found[number + 1] += repair_work(block, data, solved.get(number, []))
@@ -198,7 +198,9 @@ class VTrans(RewritePass):
         found = super().memory(model, data, parts)
         if not self.decides:
             return found
-        shapes = [_projection_shape(model, site) for site in model.prunable(self._kinds)] if self.reconstruct else []
+        shapes = (
+            [_projection_shape(model, prunable) for prunable in model.prunable(self._kinds)] if self.reconstruct else []
+        )
         solving = max((20 * inputs**2 + 32 * outputs * inputs for outputs, inputs in shapes), default=0)
         held_out = min(HELD_OUT_TOKENS + data.batch, data.tokens / HELD_OUT)
         inputs = 4 * int(held_out) * max((inputs for _, inputs in shapes), default=0)
@@ -207,21 +209,21 @@ class VTrans(RewritePass):
     def choose(self, model: RunnableModel) -> Decision:
         """Train the masks and prune to the target. raises PassError for data that can't be used for training"""
         facts = model.facts
-        sites = self._prunable(facts)
-        size = self._size(facts, sites)
-        places, sizes, charges = self._masks(facts, sites)
+        prunables = self._prunable(facts)
+        size = self._size(facts, prunables)
+        places, sizes, charges = self._masks(facts, prunables)
         course = Course(
             self.target, self.steps, self.samples, self.mask_rate, self.multiplier_rate, self.warmup, self.kl_factor,
             self.save_every, self.loss,
         )  # fmt: skip
         trained = train_masks(model, places, size, sizes, charges, course)
         figures = {"soft_removed": trained.removed, "last_loss": trained.losses[-1]}
-        return self.decided(model, sites, size, trained.masks.scores(), trained.masks.means(), figures)
+        return self.decided(model, prunables, size, trained.masks.scores(), trained.masks.means(), figures)
 
     def decided(
         self,
         model: RunnableModel,
-        sites: Sequence[PrunableModule],
+        prunables: Sequence[PrunableModule],
         size: Size,
         scores: Mapping[str, Sequence[float]],
         means: Mapping[str, Sequence[float]],
@@ -230,16 +232,16 @@ class VTrans(RewritePass):
         """Prune to the target by scores of heads, neurons and channels, whose masks have these means (none: 1)."""
         facts = model.facts
         removable: dict[tuple[str, ...], float] = {
-            (site.name,): scores[_switch(site)][0] for site in self._removable(facts, sites)
+            (prunable.name,): scores[_switch(prunable)][0] for prunable in self._removable(facts, prunables)
         }
-        kept = self._cut(size, {**_whole(sites, 0.0), **scores}, removable)
+        kept = self._prune_to_size(size, {**_whole(prunables, 0.0), **scores}, removable)
         decision = _decision(kept)
         folded = {}
-        for site in sites:
-            switch = means[_switch(site)][0] if _switch(site) in means else 1.0
-            units = means.get(site.name, [1.0] * site.units)
-            if len(kept.units[site.name]) > 0:
-                folded[site.name] = [float(f"{units[unit] * switch:.6g}") for unit in kept.units[site.name]]
+        for prunable in prunables:
+            switch = means[_switch(prunable)][0] if _switch(prunable) in means else 1.0
+            units = means.get(prunable.name, [1.0] * prunable.units)
+            if len(kept.units[prunable.name]) > 0:
+                folded[prunable.name] = [float(f"{units[unit] * switch:.6g}") for unit in kept.units[prunable.name]]
         if (missed := 1 - self.target - kept.size / size.full) > 0.01:
             model.warn(
                 "coarse-units",
@@ -250,31 +252,33 @@ class VTrans(RewritePass):
 
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         """The pruned config and shapes. raises PreflightError for an impossible target, or a model without `sites`"""
-        sites = self._prunable(model)
-        size = self._size(model, sites)
+        prunables = self._prunable(model)
+        size = self._size(model, prunables)
         if decision is None:  # an estimate: every sub-block loses the same share
             if self.export == "stock" and size.narrowest < size.width:  # refuses a stream that no stock model narrows
                 narrowest = {"sites": {}, "hidden": list(range(size.narrowest)), "removed": []}
-                pruned_redefinition(model, sites, narrowest, self.export)
+                pruned_redefinition(model, prunables, narrowest, self.export)
             even = {part.name: [(unit + 0.5) / part.units for unit in range(part.units)] for part in size.parts}
             even[STREAM] = [(channel + 0.5) / max(size.width, 1) for channel in range(size.width)]
-            kept = self._cut(size, even, {(site.name,): 2.0 for site in self._removable(model, sites)})
-            return replace(
-                pruned_redefinition(model, sites, _decision(kept), self.export), notes=self._notes, decision=None
+            kept = self._prune_to_size(
+                size, even, {(prunable.name,): 2.0 for prunable in self._removable(model, prunables)}
             )
-        redefinition = pruned_redefinition(model, sites, decision, self.export)
+            return replace(
+                pruned_redefinition(model, prunables, _decision(kept), self.export), notes=self._notes, decision=None
+            )
+        redefinition = pruned_redefinition(model, prunables, decision, self.export)
         return replace(redefinition, decision=decision, notes=self._notes, follows=self.reconstruct)
 
     def rewrite(self, view: PartView, state: State) -> State:
         decision = view.redefinition.decision
         if decision is None:  # nothing is removed yet
             return state
-        sites = view.facts.prunable(self._kinds)
+        prunables = view.facts.prunable(self._kinds)
         means: dict[str, list[float]] = decision["means"]
         if self.reconstruct:  # an output projection that loses nothing needs no repair
-            units = {own.name: own.units for own in sites}
+            units = {own.name: own.units for own in prunables}
             means = {name: found for name, found in means.items() if len(found) < units[name]}
-        prune(view, sites, decision, factors=means, ridge=RIDGE if self.reconstruct else None)
+        prune(view, prunables, decision, factors=means, ridge=RIDGE if self.reconstruct else None)
         return state
 
     @property
@@ -283,8 +287,8 @@ class VTrans(RewritePass):
 
     def _prunable(self, facts: ModelFacts) -> tuple[PrunableModule, ...]:
         """What `sites` names in the model. raises ModelError, PreflightError if the model doesn't have it"""
-        sites = facts.prunable(self._kinds)
-        fixed = [site for site in sites if site.layout.per_layer]
+        prunables = facts.prunable(self._kinds)
+        fixed = [prunable for prunable in prunables if prunable.layout.per_layer]
         if fixed and not self._is_uniform:
             raise PreflightError(
                 f"blocks can't differ in their number of {fixed[0].kind} ({fixed[0].layout.per_layer})",
@@ -292,19 +296,19 @@ class VTrans(RewritePass):
                 hint="Set uniform: true.",
                 data={"reason": "blocks-differ", "kind": fixed[0].kind},
             )
-        if self._is_uniform and (odd := _unequal(sites)) is not None:
+        if self._is_uniform and (odd := _unequal(prunables)) is not None:
             raise PreflightError(
                 f"it has {odd.units} heads or neurons, and others of its kind have another number",
                 where=odd.name,
                 hint="Set uniform: false.",
             )
-        return sites
+        return prunables
 
-    def _removable(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> list[PrunableModule]:
+    def _removable(self, facts: ModelFacts, prunables: Sequence[PrunableModule]) -> list[PrunableModule]:
         """Sub-blocks that may be removed whole. raises PreflightError for a protected block that doesn't exist"""
         if "layers" not in self.sites:
             return []
-        count = 1 + max(site.block for site in sites)
+        count = 1 + max(prunable.block for prunable in prunables)
         if wrong := [block for block in self.protect_layers if not -count <= block < count]:
             raise PreflightError(
                 f"block {wrong[0]} is protected, but the model has {count} blocks",
@@ -313,18 +317,22 @@ class VTrans(RewritePass):
                 data={"block": wrong[0], "blocks": count},
             )
         protected = {block % count for block in self.protect_layers}
-        return [site for site in sites if site.block not in protected and site.layout.removal is not None]
+        return [
+            prunable
+            for prunable in prunables
+            if prunable.block not in protected and prunable.layout.removal is not None
+        ]
 
-    def _size(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> Size:
+    def _size(self, facts: ModelFacts, prunables: Sequence[PrunableModule]) -> Size:
         size = model_size(
             facts,
-            sites,
+            prunables,
             measure="flops" if self.measure == "flops" else "parameters",
             of=self.of,
             tokens=self.tokens,
             narrows="hidden" in self.sites,
         )
-        allowed = self._head_counts(facts, sites)
+        allowed = self._head_counts(facts, prunables)
         parts = []
         for part in size.parts:
             if part.kind not in self.sites:
@@ -336,29 +344,31 @@ class VTrans(RewritePass):
                 parts.append(replace(part, least=_share(part.units, self.min_ffn), align=min(self.align, part.units)))
         bounds = {"least_width": _share(size.width, self.min_hidden), "align_width": min(self.align, size.width) or 1}
         if self.export == "stock" and "hidden" in self.sites:
-            bounds["align_width"] = self._stock_width_step(facts, sites, allowed, size.width)
+            bounds["align_width"] = self._stock_width_step(facts, prunables, allowed, size.width)
         return replace(size, parts=tuple(parts), **bounds)
 
-    def _head_counts(self, facts: ModelFacts, sites: Sequence[PrunableModule]) -> dict[int, tuple[int, ...]]:
+    def _head_counts(self, facts: ModelFacts, prunables: Sequence[PrunableModule]) -> dict[int, tuple[int, ...]]:
         """Heads of an attention -> numbers of heads with which the class and its config can be made. Many classes need
         a divisor of the width. Empty if a modeling file can give each block its own number.
         """
         found: dict[int, tuple[int, ...]] = {}
-        for site in sites:
-            keys, is_bound = site.layout.config, self.export == "stock" or site.layout.per_layer is not None
-            if site.kind == "heads" and keys is not None and is_bound and site.units not in found:
-                counts = range(1, site.units + 1)
-                found[site.units] = tuple(n for n in counts if facts.builds(keys.of(n)) is None) or (site.units,)
+        for prunable in prunables:
+            keys, is_bound = prunable.layout.config, self.export == "stock" or prunable.layout.per_layer is not None
+            if prunable.kind == "heads" and keys is not None and is_bound and prunable.units not in found:
+                counts = range(1, prunable.units + 1)
+                found[prunable.units] = tuple(n for n in counts if facts.builds(keys.of(n)) is None) or (
+                    prunable.units,
+                )
         return found
 
     def _stock_width_step(
-        self, facts: ModelFacts, sites: Sequence[PrunableModule], heads: Mapping[int, Sequence[int]], width: int
+        self, facts: ModelFacts, prunables: Sequence[PrunableModule], heads: Mapping[int, Sequence[int]], width: int
     ) -> int:
         """The smallest step of `align` whose multiples the class and its config accept as widths, with any number of
         heads that may be kept; the whole width if there is none.
         """
         key = width_key(facts)
-        keys = next((s.layout.config for s in sites if s.kind == "heads" and s.layout.config is not None), None)
+        keys = next((s.layout.config for s in prunables if s.kind == "heads" and s.layout.config is not None), None)
         counts = [keys.of(n) for allowed in heads.values() for n in allowed] if keys is not None else []
         if key is None:
             return width
@@ -374,17 +384,22 @@ class VTrans(RewritePass):
         return width
 
     def _masks(
-        self, facts: ModelFacts, sites: Sequence[PrunableModule]
+        self, facts: ModelFacts, prunables: Sequence[PrunableModule]
     ) -> tuple[Places, dict[str, int], dict[str, float]]:
         """Where masks are, how many heads or neurons each has, and its factor in the bottleneck's term."""
-        removable = {site.name for site in self._removable(facts, sites)}
-        readers, sizes, charges = [], {}, {}
-        for site in sites:
-            switch = _switch(site) if site.name in removable else None
-            columns = reader_columns(site.columns)
-            readers.append(Reader(site.name, site.block + 1, site.output_projection, columns, switch))
-            if site.kind in self.sites:
-                sizes[site.name], charges[site.name] = site.units, self.heads_charge if site.kind == "heads" else 1.0
+        removable = {prunable.name for prunable in self._removable(facts, prunables)}
+        projections, sizes, charges = [], {}, {}
+        for prunable in prunables:
+            switch = _switch(prunable) if prunable.name in removable else None
+            columns = projection_columns(prunable.columns)
+            projections.append(
+                MaskedProjection(prunable.name, prunable.block + 1, prunable.output_projection, columns, switch)
+            )
+            if prunable.kind in self.sites:
+                sizes[prunable.name], charges[prunable.name] = (
+                    prunable.units,
+                    self.heads_charge if prunable.kind == "heads" else 1.0,
+                )
             if switch is not None:
                 sizes[switch], charges[switch] = 1, self.heads_charge
         norms: list[StreamNorm] = []
@@ -392,18 +407,21 @@ class VTrans(RewritePass):
             residual = facts.residual
             sizes[STREAM], charges[STREAM] = residual.width, STREAM_CHARGE
             found = [
-                (unit, norm) for unit, block in enumerate(residual.blocks, 1) for site in block for norm in site.norms
+                (unit, norm)
+                for unit, block in enumerate(residual.blocks, 1)
+                for prunable in block
+                for norm in prunable.norms
             ]
             found.append((len(residual.blocks) + 1, residual.end))
             norms = [StreamNorm(unit, norm.module, norm.formula) for unit, norm in found]
-        return Places(tuple(readers), tuple(norms)), sizes, charges
+        return Places(tuple(projections), tuple(norms)), sizes, charges
 
-    def _cut(
+    def _prune_to_size(
         self, size: Size, scores: Mapping[str, Sequence[float]], removable: Mapping[tuple[str, ...], float]
     ) -> Kept:
         goal = target_size(size.full, self.target)
         try:
-            return cut(
+            return prune_to_size(
                 size, scores, goal, removable=removable, uniform=self._is_uniform, prunes_width="hidden" in self.sites
             )
         except Unreachable as error:
@@ -417,28 +435,30 @@ class VTrans(RewritePass):
             ) from error
 
 
-def _projection_shape(model: ModelFacts, site: PrunableModule) -> tuple[int, int]:
+def _projection_shape(model: ModelFacts, prunable: PrunableModule) -> tuple[int, int]:
     """(outputs, inputs) of a sub-block's output projection."""
-    inputs = sum(len(columns) for columns in site.columns)
-    return math.prod(model.shapes[site.cuts[0].parameter]) // inputs, inputs
+    inputs = sum(len(columns) for columns in prunable.columns)
+    return math.prod(model.shapes[prunable.slices[0].parameter]) // inputs, inputs
 
 
-def _switch(site: PrunableModule) -> str:
+def _switch(prunable: PrunableModule) -> str:
     """Name of the mask of a whole sub-block."""
-    return f"{site.name} whole"
+    return f"{prunable.name} whole"
 
 
 def _share(count: int, share: float) -> int:
     return max(1, round(count * share)) if count else 0
 
 
-def _unequal(sites: Sequence[PrunableModule]) -> PrunableModule | None:
+def _unequal(prunables: Sequence[PrunableModule]) -> PrunableModule | None:
     first: dict[str, int] = {}
-    return next((site for site in sites if first.setdefault(site.kind, site.units) != site.units), None)
+    return next(
+        (prunable for prunable in prunables if first.setdefault(prunable.kind, prunable.units) != prunable.units), None
+    )
 
 
-def _whole(sites: Sequence[PrunableModule], score: float) -> dict[str, list[float]]:
-    return {site.name: [score] * site.units for site in sites}
+def _whole(prunables: Sequence[PrunableModule], score: float) -> dict[str, list[float]]:
+    return {prunable.name: [score] * prunable.units for prunable in prunables}
 
 
 def _decision(kept: Kept) -> dict[str, Any]:

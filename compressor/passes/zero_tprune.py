@@ -302,9 +302,9 @@ class ZeroTPrune(TokenPass):
             )
         rates, divergence = self._polish(search, rates, divergence, self.target_macs * dense)
         now, rates = search.macs(rates), self._without_clamps(facts, rates)
-        told = ", ".join(f"{b}: {r:g}" for b, r in rates.items())
+        message = ", ".join(f"{b}: {r:g}" for b, r in rates.items())
         note = (
-            f"keep rates found: {told}; {search.measure} {divergence:.4g} on {search.samples} calibration samples, "
+            f"keep rates found: {message}; {search.measure} {divergence:.4g} on {search.samples} calibration samples, "
             f"{100 * now / dense:.2f} % of the multiply-accumulates"
         )
         return {"keep": {str(b): r for b, r in rates.items()}, "figures": figures, "notes": [note]}

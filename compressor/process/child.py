@@ -115,16 +115,16 @@ def ask(module: str, request: Mapping[str, object], doing: str) -> Any:
         os.close(closes_with_us)
     if not answer.endswith(b"\n"):
         raise _died(status, words.decode(errors="replace").strip(), doing)
-    told = json.loads(answer)
-    if "error" in told:
-        raise error_from(told["error"])
-    if "bug" in told:
-        bug = ChildBug(f"{told['bug']} (in the process that {doing})")
-        bug.add_note(told["traceback"])
+    reported = json.loads(answer)
+    if "error" in reported:
+        raise error_from(reported["error"])
+    if "bug" in reported:
+        bug = ChildBug(f"{reported['bug']} (in the process that {doing})")
+        bug.add_note(reported["traceback"])
         raise bug
     if _peaks is not None:
-        _peaks.append(told["peak_rss_bytes"])
-    return told["result"]
+        _peaks.append(reported["peak_rss_bytes"])
+    return reported["result"]
 
 
 def start(program: str, arguments: Sequence[str], request_end: int) -> tuple[Process, int, int]:
@@ -220,18 +220,21 @@ def serve(module: str) -> None:
             return
         line += part
     threading.Thread(target=_end_with_parent, args=(asked,), daemon=True).start()
-    told: dict[str, Any]
+    reported: dict[str, Any]
     try:
-        told = {"result": importlib.import_module(module).main(json.loads(line)), "peak_rss_bytes": peak_rss_bytes()}
+        reported = {
+            "result": importlib.import_module(module).main(json.loads(line)),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
     except CompressError as error:
-        told = {"error": error_to_dict(error)}
+        reported = {"error": error_to_dict(error)}
     except Exception as error:
         if (refusal := ran_out(error)) is not None:
-            told = {"error": error_to_dict(refusal)}
+            reported = {"error": error_to_dict(refusal)}
         else:
-            told = {"bug": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            reported = {"bug": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     with os.fdopen(answers, "wb") as file:
-        file.write(json.dumps(told).encode() + b"\n")
+        file.write(json.dumps(reported).encode() + b"\n")
     sys.stderr.flush()
     os._exit(0)  # ending an interpreter with torch normally takes a second, without a use
 
@@ -277,9 +280,9 @@ def _died(status: int, words: str, doing: str) -> Exception:
             data={"signal": name},
         )
     if name in CRASHES:
-        told = f"; its last output: {words[-LAST_WORDS:]}" if words else ""
+        message = f"; its last output: {words[-LAST_WORDS:]}" if words else ""
         return PassError(
-            f"it crashed in native code ({name}){told}",
+            f"it crashed in native code ({name}){message}",
             where=where,
             hint="Run compress-model doctor; if it finds no problem, report this message with its output.",
             data={"signal": name, "last_words": words[-LAST_WORDS:]},

@@ -60,10 +60,10 @@ class Forked:
     def _read(self, flags: int) -> int | None:
         if self.returncode is None:
             try:
-                said = self._link.recv(NUMBER_BYTES, flags)
+                message = self._link.recv(NUMBER_BYTES, flags)
             except BlockingIOError:
                 return None
-            self.returncode = int.from_bytes(said, "big", signed=True) if said else LOST
+            self.returncode = int.from_bytes(message, "big", signed=True) if message else LOST
             self._busy.release()
         return self.returncode
 
@@ -141,8 +141,8 @@ class ForkServer:
         finally:
             os.close(here)
         self._link.sendall(message)
-        said = self._link.recv(NUMBER_BYTES, socket.MSG_WAITALL)
-        return int.from_bytes(said, "big") if said else None
+        reason_text = self._link.recv(NUMBER_BYTES, socket.MSG_WAITALL)
+        return int.from_bytes(reason_text, "big") if reason_text else None
 
     def close(self) -> None:
         """End the server. Processes that it forked continue."""

@@ -22,8 +22,8 @@ class LostStream(OSError):
 class Stream(io.TextIOWrapper):
     """A standard stream that names itself if it fails, and writes every text in any encoding."""
 
-    def __init__(self, old: Any, told_as: str) -> None:
-        self.told_as = told_as
+    def __init__(self, old: Any, target: str) -> None:
+        self.target = target
         encoding, lines = old.encoding, old.line_buffering
         super().__init__(old.detach(), encoding=encoding, errors="backslashreplace", line_buffering=lines)
 
@@ -42,7 +42,7 @@ class Stream(io.TextIOWrapper):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            raise LostStream(error.errno, error.strerror, self.told_as) from error
+            raise LostStream(error.errno, error.strerror, self.target) from error
 
 
 def mend_streams() -> None:

@@ -113,12 +113,12 @@ class WeightPass(Pass):
     def alternatives(self, weight: Weight) -> tuple[str, ...]:
         """Formats that the run may leave for `weight` instead of `stored`; "dense" if it may `keep` the weight.
 
-        None of them may be larger than `plan` predicts from `spec`. The exception is "dense": for it, `plan` counts the
-        larger of the two.
+        None of them may be larger than `plan` predicts from `format_params`. The exception is "dense": for it, `plan`
+        counts the larger of the two.
         """
         return ()
 
-    def spec(self, weight: Weight) -> dict[str, Any] | None:
+    def format_params(self, weight: Weight) -> dict[str, Any] | None:
         """Parameters of the format that this pass would leave for `weight`; None if the format doesn't change.
 
         `plan` predicts bytes from them. raises ShapeError if the settings don't fit the weight

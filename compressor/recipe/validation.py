@@ -52,9 +52,9 @@ def _problem(error: ErrorDetails, model: type[BaseModel], source: Source, path: 
 
 def _values_of(error: ErrorDetails) -> dict[str, Any]:
     """The values of a problem of pydantic, by name. Its kind is the reason, and the given value is text."""
-    told = {key: value for key, value in error.get("ctx", {}).items() if isinstance(value, (str, int, float, list))}
+    reported = {key: value for key, value in error.get("ctx", {}).items() if isinstance(value, (str, int, float, list))}
     found = {"found": repr(error["input"])[:120]} if not isinstance(error["input"], dict) else {}
-    return {"reason": error["type"].replace("_", "-"), **found, **told}
+    return {"reason": error["type"].replace("_", "-"), **found, **reported}
 
 
 def _stray_boolean(model: type[BaseModel], value: dict[Any, Any]) -> KeyPath | None:

@@ -133,8 +133,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     at = begin_of_data
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != at:
-            told = f"the bytes of {name!r} start at {info.offset}, {at} expected (gap or overlap)"
-            raise _bad(path, told, "gap", tensor=name, begin=info.offset, expected=at)
+            message = f"the bytes of {name!r} start at {info.offset}, {at} expected (gap or overlap)"
+            raise _bad(path, message, "gap", tensor=name, begin=info.offset, expected=at)
         at += info.nbytes
     if at != size:
         raise _bad(path, f"its tensors end at byte {at}, the file at {size}", "wrong-size", end=at, size=size)

@@ -1,4 +1,4 @@
-"""Operands of the CUDA kernels: where they are kept, and their stored forms as numbers."""
+"""Operands of the CUDA kernels: where they are kept, and their quantization formats as numbers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def launcher(kernels: Any, name: str) -> Callable[..., int]:
 
 
 def to_bits(values: NDArray, kind: int) -> NDArray:
-    """float -> the stored form of `kind`: uint16 bits of a half or bfloat16 (ties to even), or float32."""
+    """float -> the quantization format of `kind`: uint16 bits of a half or bfloat16 (ties to even), or float32."""
     values = np.asarray(values, np.float32)
     if kind == FLOAT32:
         return values

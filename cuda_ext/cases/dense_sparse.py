@@ -82,7 +82,7 @@ LARGE_CASES = (
 
 @dataclass(frozen=True)
 class Operands:
-    """Arrays of a case in their stored forms, and what has to come of them."""
+    """Arrays of a case in their quantization formats, and what has to come of them."""
 
     x: NDArray
     atoms: NDArray

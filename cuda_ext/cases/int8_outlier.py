@@ -73,7 +73,7 @@ LARGE_CASES = (
 
 @dataclass(frozen=True)
 class Operands:
-    """Arrays of a case in their stored forms, and what has to come of them."""
+    """Arrays of a case in their quantization formats, and what has to come of them."""
 
     x: NDArray
     weight: NDArray  # int8 (N, K)
@@ -81,7 +81,7 @@ class Operands:
     columns: NDArray | None  # int32
     column_weight: NDArray | None
     bias: NDArray | None
-    expected: NDArray  # (M, N) in the stored form of the case's type
+    expected: NDArray  # (M, N) in the quantization format of the case's type
 
 
 def make_operands(case: Case, seed: int) -> Operands:

@@ -1,4 +1,4 @@
-"""Products of weights of 2, 3, 4 or 8 bits with inputs as they are: w_a16.cu."""
+"""Products of weights of 2, 3, 4 or 8 bits with inputs that are not quantized: w_a16.cu."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ LARGE_CASES = (
 
 @dataclass(frozen=True)
 class Operands:
-    """Arrays of a case in their stored forms, and what has to come of them."""
+    """Arrays of a case in their quantization formats, and what has to come of them."""
 
     x: NDArray
     packed: NDArray

@@ -117,7 +117,7 @@ def fma32(a: NDArray, b: NDArray, c: NDArray) -> NDArray:
 
 @dataclass(frozen=True)
 class Operands:
-    """Arrays of a case in their stored forms, and what has to come of them."""
+    """Arrays of a case in their quantization formats, and what has to come of them."""
 
     x: NDArray
     codes: NDArray  # unsigned
@@ -128,7 +128,7 @@ class Operands:
     x_codes: NDArray  # int8 (M, K rounded up to 64)
     x_scale: NDArray  # float32 (M)
     x_sum: NDArray  # int32 (M, groups)
-    expected: NDArray  # (M, N) in the stored form of the case's type
+    expected: NDArray  # (M, N) in the quantization format of the case's type
 
 
 def make_operands(case: Case, seed: int) -> Operands:

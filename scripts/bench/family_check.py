@@ -176,13 +176,13 @@ def described(value: Tensor) -> str:
 def unpacked(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
     """The values (out, in) of a stored weight, in the dtype of its scales, by docs/format.md alone."""
     assert entry["form"] == "packed_linear", entry["form"]
-    spec, (rows, columns) = entry["spec"], entry["shape"]
+    format_params, (rows, columns) = entry["spec"], entry["shape"]
     parts = {name: tensors[f"{entry['name']}.weight_{name}"] for name in ("packed", "scale")}
-    codes = signed(parts["packed"], spec["bits"], columns)
+    codes = signed(parts["packed"], format_params["bits"], columns)
     scale = parts["scale"].repeat_interleave(columns // parts["scale"].shape[1], 1)
-    if not spec["symmetric"]:
+    if not format_params["symmetric"]:
         packed = tensors[f"{entry['name']}.weight_zero_point"].t().contiguous()
-        zeros = signed(packed, spec["bits"], rows).t()
+        zeros = signed(packed, format_params["bits"], rows).t()
         codes = codes - zeros.repeat_interleave(columns // zeros.shape[1], 1)
     return codes.to(scale.dtype) * scale
 

@@ -111,9 +111,9 @@ def gated(model: PreTrainedModel, shares: tuple[float, ...], revive: bool = True
     keep = dict(zip((int(at * depth) for at in DEPTHS), shares))
     modules = {}
     for number in range(depth):
-        spec = {"number": number, "begin": min(keep), "last": number == depth - 1, "keep": keep.get(number)}
-        spec |= {"sink": SINK, "min_prompt": 16, "revive": revive}
-        modules[f"{path}.{number}"] = {"form": "lazy_block", "spec": spec, "shape": []}
+        format_params = {"number": number, "begin": min(keep), "last": number == depth - 1, "keep": keep.get(number)}
+        format_params |= {"sink": SINK, "min_prompt": 16, "revive": revive}
+        modules[f"{path}.{number}"] = {"form": "lazy_block", "spec": format_params, "shape": []}
     config = type(model.config)(**{**model.config.to_dict(), "compressed_modules": modules})
     made = reshaped_class(type(model))(config).eval()
     made.load_state_dict(model.state_dict(), assign=True)

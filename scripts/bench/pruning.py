@@ -56,37 +56,37 @@ class Ranked(VTrans):
     def choose(self, model: RunnableModel) -> Decision:
         if self.ranking == "given":
             return self.given
-        sites = self._prunable(model.facts)
-        scores = magnitudes(model, sites) if self.ranking == "magnitude" else random_scores(sites, self.draw)
-        return self.decided(model, sites, self._size(model.facts, sites), scores, {}, {})
+        prunables = self._prunable(model.facts)
+        scores = magnitudes(model, prunables) if self.ranking == "magnitude" else random_scores(prunables, self.draw)
+        return self.decided(model, prunables, self._size(model.facts, prunables), scores, {}, {})
 
 
-def magnitudes(model: RunnableModel, sites: Sequence[PrunableModule]) -> dict[str, list[float]]:
+def magnitudes(model: RunnableModel, prunables: Sequence[PrunableModule]) -> dict[str, list[float]]:
     """Mean square of the entries that are removed with each unit, relative to the mean over all units of its kind.
 
     It is relative because heads and neurons differ in scale.
     """
     found: dict[str, Tensor] = {}
-    for site in sites:
-        total, count = torch.zeros(site.units, dtype=torch.float64), 0
-        with model.loaded(site.block + 1):
-            for cut in site.cuts:
+    for prunable in prunables:
+        total, count = torch.zeros(prunable.units, dtype=torch.float64), 0
+        with model.loaded(prunable.block + 1):
+            for cut in prunable.slices:
                 owner, _, leaf = cut.parameter.rpartition(".")
                 value = getattr(model.module(owner), leaf).double().square().movedim(cut.axis, 0)
                 value = value.reshape(len(value), -1)
                 total += torch.stack([value[list(rows)].sum() for rows in cut.rows])
                 count += len(cut.rows[0]) * value.shape[1]
-        found[site.name] = total / count
+        found[prunable.name] = total / count
     scale = {
-        kind: torch.cat([found[site.name] for site in sites if site.kind == kind]).mean()
-        for kind in {site.kind for site in sites}
+        kind: torch.cat([found[prunable.name] for prunable in prunables if prunable.kind == kind]).mean()
+        for kind in {prunable.kind for prunable in prunables}
     }
-    return {site.name: (found[site.name] / scale[site.kind]).tolist() for site in sites}
+    return {prunable.name: (found[prunable.name] / scale[prunable.kind]).tolist() for prunable in prunables}
 
 
-def random_scores(sites: Sequence[PrunableModule], seed: int) -> dict[str, list[float]]:
+def random_scores(prunables: Sequence[PrunableModule], seed: int) -> dict[str, list[float]]:
     generator = torch.Generator().manual_seed(seed)
-    return {site.name: torch.rand(site.units, generator=generator).tolist() for site in sites}
+    return {prunable.name: torch.rand(prunable.units, generator=generator).tolist() for prunable in prunables}
 
 
 def main() -> None:

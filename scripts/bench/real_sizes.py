@@ -234,7 +234,7 @@ def measured(command: list[str], kill_after: int | None = None) -> dict[str, Any
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        parts += line.startswith('{"event": "unit"')
+        parts += line.startswith('{"event": "part"')
         if kill_after is not None and parts == kill_after:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.send_signal(signal.SIGKILL)

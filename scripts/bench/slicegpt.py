@@ -63,7 +63,7 @@ from compressor.methods.rotation.sliced_shapes import (
     StreamShape,
     global_parameters,
     kept_width,
-    per_site_parameters,
+    per_sublayer_parameters,
     stream_shape,
     uniform_widths,
     widest_that_shrinks,
@@ -197,7 +197,7 @@ def measure(
         yield row(method, sparsity, width, counts.pop(), statistics.fmean(found))
 
     def count(narrower: int) -> int:
-        return per_site_parameters(shape, uniform_widths(shape, narrower))
+        return per_sublayer_parameters(shape, uniform_widths(shape, narrower))
 
     equal = widest_that_shrinks(count, global_parameters(shape, width) + 1, shape.width, ROUND_TO)
     for method, kept in (("pca_per_site", width), ("pca_per_site_equal", equal)):
@@ -310,7 +310,9 @@ class PerSite:
     def __call__(self, input_ids: Tensor, use_cache: bool) -> argparse.Namespace:
         pieces, residual = self.sliced.pieces, self.sliced.residual
         x, calls = pieces.embeddings({"input_ids": input_ids})
-        for (site, branch), shortcut in zip(reference.all_sites(pieces, residual, calls), self.shortcuts, strict=True):
+        for (site, branch), shortcut in zip(
+            reference.all_sublayers(pieces, residual, calls), self.shortcuts, strict=True
+        ):
             x = x @ shortcut + branch(reference.normed(x, residual.width, site.norms[0].formula.eps))
         head = pieces.model.get_output_embeddings()
         return argparse.Namespace(logits=head(reference.normed(x, residual.width, residual.end.formula.eps)))

@@ -43,7 +43,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from compressor.analysis.token_gates import find_token_sites
+from compressor.analysis.token_gates import find_token_gates
 from compressor.layers.structural.observed_attention import watching
 from compressor.layers.structural.token_counts import block_macs
 from compressor.layers.structural.token_gate import TokenGate
@@ -182,7 +182,7 @@ def merging_schedule(tokens: int, blocks: list[Any], budget: int) -> tuple[list[
 def bench_vit(directory: Path, target: float, samples: int) -> dict[str, Any]:
     dense = AutoModelForImageClassification.from_pretrained(directory).eval()
     images, labels = read_images(directory / "test.npz", directory)
-    facts = find_token_sites(read_structure(directory))
+    facts = find_token_gates(read_structure(directory))
     found: dict[str, Any] = {}
     blocks = tuple(range(1, len(facts.blocks)))
 
@@ -250,7 +250,7 @@ def bench_filters(dense: Any, directory: Path, left: list[int], told: dict[str, 
     with torch.no_grad():
         wanted = dense(pixel_values=images).logits.argmax(-1)
     modules = ZeroTPrune(keep={int(b): k for b, k in told["decision"]["keep"].items()})
-    facts = find_token_sites(read_structure(directory))
+    facts = find_token_gates(read_structure(directory))
     gate = next(iter(modules.gates(facts, modules.keep).values()))  # type: ignore[arg-type]
     measures: list[Tensor] = []
 
@@ -283,7 +283,7 @@ def bench_text(directory: Path, target: float, samples: int) -> dict[str, Any]:
     blocks = list(range(1, dense.config.num_hidden_layers))
     asked = {"target_macs": target, "blocks": blocks}
     pruned, told = prune(directory, directory / "sst2-train.tsv", asked, samples)
-    facts = find_token_sites(read_structure(directory))
+    facts = find_token_gates(read_structure(directory))
     keep = {int(b): k for b, k in told["decision"]["keep"].items()}
     settings = ZeroTPrune(keep=keep)
     found: dict[str, Any] = {"keep": told["decision"]["keep"], "notes": told["notes"]}
@@ -338,7 +338,7 @@ def bench_time(directory: Path | None, text: Path | None, runs: int) -> dict[str
             cases["small ViT, 50 tokens"] = (directory, 50, {1: 0.7, 3: 0.7})
         for name, (path, tokens, keep) in cases.items():
             structure = read_structure(path)
-            facts, model = find_token_sites(structure), type(structure.model).from_pretrained(path).eval()
+            facts, model = find_token_gates(structure), type(structure.model).from_pretrained(path).eval()
             settings = ZeroTPrune(keep=keep)
             account, gates = settings.account(facts, keep, tokens), settings.gates(facts, keep)
             TokenGate.prepare(model)

@@ -16,7 +16,7 @@ from compressor.errors import ModelError
 from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, read_structure
 
-# family -> of each site, the rows of modules that its branches are
+# family -> of each sublayer, the rows of modules that its branches are
 ROWS = {
     "llama": [["self_attn"], ["mlp"]],
     "mistral": [["self_attn"], ["mlp"]],
@@ -47,17 +47,20 @@ def found_in(family, **config):
 
 @pytest.mark.parametrize("family", sorted(ROWS))
 def test_the_modules_of_each_branch_are_found_in_their_order(family):
-    (spec,) = found_in(family)
-    rows = [[" ".join(s["call"] for s in way["steps"]) for way in site["branches"]] for site in spec["sites"]]
-    assert rows == ROWS[family] and spec["returns"] is None
-    assert all(site["shortcut"] for site in spec["sites"])
+    (format_params,) = found_in(family)
+    rows = [
+        [" ".join(s["call"] for s in way["steps"]) for way in sublayer["branches"]]
+        for sublayer in format_params["sites"]
+    ]
+    assert rows == ROWS[family] and format_params["returns"] is None
+    assert all(sublayer["shortcut"] for sublayer in format_params["sites"])
 
 
 def test_blocks_in_a_row_and_beside_each_other_are_told_apart():
     (beside,), (in_a_row,) = (found_in("gpt_neox", use_parallel_residual=parallel) for parallel in (True, False))
-    assert [len(site["norm"]) for site in beside["sites"]] == [2]
+    assert [len(sublayer["norm"]) for sublayer in beside["sites"]] == [2]
     assert [way["norm"] for way in beside["sites"][0]["branches"]] == ["input_layernorm", "post_attention_layernorm"]
-    assert [site["norm"] for site in in_a_row["sites"]] == [["input_layernorm"], ["post_attention_layernorm"]]
+    assert [sublayer["norm"] for sublayer in in_a_row["sites"]] == [["input_layernorm"], ["post_attention_layernorm"]]
 
 
 def test_arguments_are_those_of_the_block_also_where_nothing_was_given():
@@ -153,13 +156,13 @@ def test_a_block_that_cannot_be_run_by_its_branches_is_refused_by_name(kind, whe
 def widths_checked(family, tmp_path, *widths, embeddings=None):
     structure = read_structure(tiny.save(family, tmp_path / family))
     residual = read_residual(structure)
-    specs = find_branches(structure, residual)
+    all_params = find_branches(structure, residual)
     for each in widths:
-        check_widths(structure, residual, specs, each, embeddings)
+        check_widths(structure, residual, all_params, each, embeddings)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit", "opt"])
-def test_widths_may_differ_at_every_site(family, tmp_path):
+def test_widths_may_differ_at_every_sublayer(family, tmp_path):
     widths_checked(family, tmp_path, [(24, 20, 18), (18, 16, 32)])
 
 

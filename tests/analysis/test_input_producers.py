@@ -62,8 +62,8 @@ def test_producers_of_a_family_are_found(family, tmp_path):
     prefix = f"{structure.pieces.blocks_path}.0."
     found = {}
     for producer in producers_of(find_producers(structure), structure, 1):
-        readers = [consumer.parameter.removesuffix(".weight").rpartition(".")[2] for consumer in producer.consumers]
-        found[producer.name.removeprefix(prefix)] = (" ".join(readers), len(set(producer.slices)))
+        projections = [consumer.parameter.removesuffix(".weight").rpartition(".")[2] for consumer in producer.consumers]
+        found[producer.name.removeprefix(prefix)] = (" ".join(projections), len(set(producer.slices)))
     assert found == KNOWN[family]
 
 

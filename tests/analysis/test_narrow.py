@@ -14,7 +14,7 @@ from compressor.analysis.input_producers import find_producers
 from compressor.analysis.lifting import factor, found_on_narrow, run_of
 from compressor.analysis.prunable_units import look
 from compressor.analysis.residual_stream import read_residual
-from compressor.analysis.token_gates import find_token_sites
+from compressor.analysis.token_gates import find_token_gates
 from compressor.engine.plan import make_plan
 from compressor.errors import ModelError
 from compressor.model import narrow_probe
@@ -64,8 +64,11 @@ def outcome(find, structure):
 def prunable(structure):
     """Without the reasons, which name widths of the probe model."""
     seen = look(structure)
-    sites = [replace(site, layout=replace(site.layout, per_layer=bool(site.layout.per_layer))) for site in seen.sites]
-    return sites, {key: where for key, (where, _) in seen.refused.items()}
+    prunables = [
+        replace(prunable, layout=replace(prunable.layout, per_layer=bool(prunable.layout.per_layer)))
+        for prunable in seen.prunables
+    ]
+    return prunables, {key: where for key, (where, _) in seen.refused.items()}
 
 
 def functions(structure):
@@ -78,7 +81,7 @@ ANALYSES = {
     "branches": lambda structure: find_branches(structure, read_residual(structure)),
     "prunable": prunable,
     "producers": find_producers,
-    "tokens": find_token_sites,
+    "tokens": find_token_gates,
     "functions": functions,
 }
 

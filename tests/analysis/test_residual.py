@@ -27,7 +27,7 @@ QKV = ["q_proj 1", "k_proj 1", "v_proj 1"]
 QKV_BIASED = ["q_proj 1 +", "k_proj 1 +", "v_proj 1 +"]
 LLAMA = [([QKV], ["o_proj 0"]), ([["gate_proj 1", "up_proj 1"]], ["down_proj 0"])]
 MOE = [([QKV], ["o_proj 0"]), ([["experts.gate_up_proj 2", "gate 1"]], ["experts.down_proj 1"])]
-# per site: readers of each norm as "module axis", "+" if it has a bias; then the writers, biases as "module.bias axis"
+# per sublayer: consumers of norms as "module axis", "+" with a bias; then what writes, a bias as "module.bias axis"
 SITES = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -63,21 +63,21 @@ def short(name):
     return ".".join(parts[-2:]) if parts[-1] == "bias" or parts[-2] == "experts" else parts[-1]
 
 
-def described(sites):
+def described(sublayers):
     return [
         (
             [
                 sorted(f"{short(r.parameter)} {r.axis}{' +' if r.bias else ''}" for r in norm.consumers)
-                for norm in site.norms
+                for norm in sublayer.norms
             ],
-            sorted(f"{short(w.parameter)} {w.axis}" for w in site.writes),
+            sorted(f"{short(w.parameter)} {w.axis}" for w in sublayer.writes),
         )
-        for site in sites
+        for sublayer in sublayers
     ]
 
 
-def in_order(sites):
-    return [([sorted(norm) for norm in norms], sorted(writes)) for norms, writes in sites]
+def in_order(sublayers):
+    return [([sorted(norm) for norm in norms], sorted(writes)) for norms, writes in sublayers]
 
 
 def structure_of(family, tmp_path, **config):
@@ -115,7 +115,7 @@ def test_every_family_is_rotated_or_refused():
 def test_readers_and_writers_of_every_block_are_found_and_proven(family, known):
     residual = known(family)
     expected = in_order(SITES[family])
-    assert [described(sites) for sites in residual.blocks] == [expected] * 2
+    assert [described(sublayers) for sublayers in residual.blocks] == [expected] * 2
     assert residual.width == 32
     assert all(f".{index}." in t.module for index, block in enumerate(residual.blocks) for s in block for t in s.norms)
 
@@ -161,16 +161,16 @@ def test_norms_on_heads_are_not_on_the_stream(tmp_path):
     assert not any("q_norm" in norm.module or "k_norm" in norm.module for norm in residual.norms())
 
 
-def test_two_norms_in_sequence_are_two_sites(tmp_path):
+def test_two_norms_in_sequence_are_two_sublayers(tmp_path):
     residual = read_residual(structure_of("gpt_neox", tmp_path, use_parallel_residual=False))
-    assert [len(site.norms) for site in residual.blocks[0]] == [1, 1]
+    assert [len(sublayer.norms) for sublayer in residual.blocks[0]] == [1, 1]
 
 
-def test_blocks_of_two_kinds_each_have_their_own_sites(tmp_path):
+def test_blocks_of_two_kinds_each_have_their_own_sublayers(tmp_path):
     structure = structure_of("qwen3_moe", tmp_path, num_hidden_layers=4, mlp_only_layers=[2])
     residual = read_residual(structure)
-    expected = [in_order(sites) for sites in (MOE, MOE, LLAMA, MOE)]
-    assert [described(sites) for sites in residual.blocks] == expected
+    expected = [in_order(sublayers) for sublayers in (MOE, MOE, LLAMA, MOE)]
+    assert [described(sublayers) for sublayers in residual.blocks] == expected
     names = {name for name, _ in structure.model.named_parameters()}
     assert {r.parameter for norm in residual.norms() for r in norm.consumers} <= names
     assert {write.parameter for write in residual.writes()} <= names
@@ -191,17 +191,17 @@ def test_one_missed_reader_or_writer_fails_the_proof_and_the_block_is_named(fami
     probe, path, residual = found(family)
     first = tuple(
         replace(
-            site,
+            sublayer,
             norms=tuple(
                 replace(norm, consumers=tuple(r for r in norm.consumers if not r.parameter.endswith(leaf)))
-                for norm in site.norms
+                for norm in sublayer.norms
             ),
-            writes=tuple(w for w in site.writes if not w.parameter.endswith(leaf)),
+            writes=tuple(w for w in sublayer.writes if not w.parameter.endswith(leaf)),
         )
-        for site in residual.blocks[0]
+        for sublayer in residual.blocks[0]
     )
     assert first != residual.blocks[0]
-    with raises(ModelError, where=f"{path}.0", reason="does-not-turn"):
+    with raises(ModelError, where=f"{path}.0", reason="does-not-rotate"):
         prove_invariance(probe, path, replace(residual, blocks=(first, *residual.blocks[1:])))
 
 
@@ -212,7 +212,7 @@ def test_a_branch_that_is_no_matrix_fails_the_proof(found):
     own = block.forward
     block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs) + 0.1 * block.input_layernorm(x).tanh()
     residual = find_residual(probe, path)  # sees the first block of this kind only
-    with raises(ModelError, where="model.layers.1", reason="does-not-turn"):
+    with raises(ModelError, where="model.layers.1", reason="does-not-rotate"):
         prove_invariance(probe, path, residual)
 
 
@@ -235,7 +235,7 @@ def test_something_that_reads_the_stream_past_its_norms_is_refused(found):
 
 
 def test_a_stream_that_is_scaled_between_blocks_is_refused(found):
-    """Turning it would be sound, but what a site adds wouldn't be what the next one sees."""
+    """Turning it would be sound, but what a sublayer adds wouldn't be what the next one sees."""
     probe, path, _ = found("llama")
     block = probe.model.layers[0]
     own = block.forward
@@ -326,7 +326,7 @@ def test_other_ways_in_which_a_stream_cannot_be_rotated_are_named(model, where, 
 
 def test_centring_a_stream_of_rms_norms_changes_the_model(found):
     probe, path, residual = found("llama")
-    with raises(ModelError, where="model.layers.0", reason="does-not-turn"):
+    with raises(ModelError, where="model.layers.0", reason="does-not-rotate"):
         prove_invariance(probe, path, replace(residual, kind="layer"))
 
 

@@ -130,7 +130,7 @@ def test_experts_that_are_left_out_stay_in_one_tensor(tmp_path):
     model = save_fused("granitemoe", tmp_path / "m", num_hidden_layers=1, **SIZES)
     plan = make_plan(recipe({**GPTQ, "except": ["@experts"]}), str(model), prove=False)
     assert plan.export_format.name == "compressed-tensors" and not plan.problems
-    assert not any(form.weight.expert is not None for form in plan.forms.values())
+    assert not any(stored.weight.expert is not None for stored in plan.formats.values())
 
 
 @pytest.mark.parametrize(

@@ -163,9 +163,9 @@ def run(step, model, output, **sections):
     return compress(parse_recipe(yaml.safe_dump(tree).encode()), str(model), output, measure=False)
 
 
-def form(kind, spec, name="m.0.fc", **weight):
+def stored(kind, format_params, name="m.0.fc", **weight):
     fields = {"tensor": f"{name}.weight", "parameter": f"{name}.weight", "shape": (8, 32), "role": "mlp"}
-    return StoredWeight(kind, spec, Weight(name, **{**fields, **weight}))
+    return StoredWeight(kind, format_params, Weight(name, **{**fields, **weight}))
 
 
 LLAMA = tiny.build("llama")
@@ -177,7 +177,7 @@ class Eights:
     weight_only = True
 
     @classmethod
-    def stock(cls, spec):
+    def stock(cls, format_params):
         return Stock("another-loader", {"width": 8})
 
 
@@ -185,7 +185,7 @@ class Eights:
 def eights(monkeypatch):
     point = EntryPoint("eights", "test_modeling:Eights", "compressor.layers")
     monkeypatch.setattr(layers, "_plugins", lambda path: (point,))
-    return form("eights", {}, "m.0.eights")
+    return stored("eights", {}, "m.0.eights")
 
 
 @pytest.mark.slow
@@ -258,7 +258,7 @@ def test_a_stock_loader_takes_one_entry(eights, monkeypatch):
 
 def test_forms_of_two_stock_loaders_take_the_modeling_file(eights, monkeypatch):
     monkeypatch.setitem(FAMILIES, "another-loader", Family(lambda described, model: [], lambda described, model: {}))
-    packed = form("packed_linear", {"bits": 4, "group_size": 32, "symmetric": True})
+    packed = stored("packed_linear", {"bits": 4, "group_size": 32, "symmetric": True})
     export_format = choose_export_format([packed, eights], "auto", stock_only=False, model=LLAMA)
     assert export_format.name == "custom"
     assert export_format.reason.startswith("m.0.eights is stored for another-loader and others for compressed-tensors")
@@ -266,8 +266,8 @@ def test_forms_of_two_stock_loaders_take_the_modeling_file(eights, monkeypatch):
 
 def test_an_expert_in_a_form_that_must_stand_in_the_model_is_refused(eights, monkeypatch):
     monkeypatch.setattr(Eights, "weight_only", False)
-    with raises(PreflightError, where="m.0.fc", reason="expert-form", form="eights"):
-        choose_export_format([form("eights", {}, expert=1)], "auto", stock_only=False, model=LLAMA)
+    with raises(PreflightError, where="m.0.fc", reason="expert-format", format_name="eights"):
+        choose_export_format([stored("eights", {}, expert=1)], "auto", stock_only=False, model=LLAMA)
 
 
 def test_a_family_whose_tensors_are_renamed_while_loading_says_so_and_no_other():
@@ -296,7 +296,7 @@ def custom_artifact(model, source, output):
         value.partition(".")[0] for value in json.loads((output / "config.json").read_text())["auto_map"].values()
     }
     (output / f"{path}.py").write_text(
-        modeling_source(plan.structure.model, [form.form for form in plan.forms.values()])
+        modeling_source(plan.structure.model, [stored.format_name for stored in plan.formats.values()])
     )
     for module, layer in layers.items():
         model.get_submodule(module).weight.data = layer.matrix(torch.bfloat16)

@@ -70,9 +70,9 @@ def test_unpacked_zero_points_load_stock_beside_other_schemes(tmp_path):
 
 @pytest.mark.parametrize(("bits", "width"), [(8, 16), (4, 32), (8, 64)])
 def test_blocks_of_one_row_with_shifts_load_stock_as_groups(bits, width, tmp_path):
-    def blocks(form, matrix):
+    def blocks(stored, matrix):
         codes, exponent, rounded = quantize_blocks(matrix, bits, (1, width))
-        layer = stock_layer(codes, exponent, form.spec, torch.bfloat16)
+        layer = stock_layer(codes, exponent, stored.format_params, torch.bfloat16)
         ours = BlockLinear.pack(codes, exponent, bits=bits, block=(1, width))
         assert layer.matrix(torch.bfloat16).equal(ours.matrix(torch.bfloat16))
         assert layer.matrix(torch.float32).equal(rounded)  # shifts are exact in bfloat16
@@ -115,7 +115,7 @@ def test_stock_blocks_go_the_whole_way(tmp_path):
 )
 def test_blocks_without_a_stock_form_are_refused_in_the_recipe(settings, lacking):
     tree = {"version": 1, "steps": [{"pass": "bct", "stock": True, **settings}]}
-    with raises(RecipeError, reason="no-stock-form", lacking=lacking):
+    with raises(RecipeError, reason="no-stock-format", lacking=lacking):
         parse_recipe(yaml.safe_dump(tree).encode())
 
 
@@ -189,9 +189,9 @@ def test_packed_zero_points_ask_for_the_loader_that_rebuilds_weights_and_symmetr
     for symmetric, expected in ((True, None), (False, True)):
         plan = plan_of(tmp_path, "llama", {"symmetric": symmetric})
         structure = plan.structure
-        forms = list(plan.forms.values())
+        formats = list(plan.formats.values())
         config = artifact_config(
-            structure.checkpoint.config, plan.export_format, forms, structure.model, "bfloat16", False
+            structure.checkpoint.config, plan.export_format, formats, structure.model, "bfloat16", False
         )
         assert config["quantization_config"].get("dequantize") is expected
 
@@ -220,8 +220,8 @@ def test_bytes_that_do_not_fit_each_other_are_refused():
         "weight_scale": torch.ones(4, 2),
         "weight_zero_point": torch.zeros(4, 2, dtype=torch.int8),
     }
-    spec = {"bits": 8, "group_size": 32, "symmetric": False}
-    assert ByteLinear.from_tensors(spec, tensors).spec() == spec
+    format_params = {"bits": 8, "group_size": 32, "symmetric": False}
+    assert ByteLinear.from_tensors(format_params, tensors).format_params() == format_params
     for name, wrong in (("weight_scale", torch.ones(4, 3)), ("weight_zero_point", torch.zeros(4, 2))):
         with raises(ShapeError, tensor=name, shape=list(wrong.shape), dtype=str(wrong.dtype)):
-            ByteLinear.from_tensors(spec, {**tensors, name: wrong})
+            ByteLinear.from_tensors(format_params, {**tensors, name: wrong})

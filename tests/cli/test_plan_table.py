@@ -10,8 +10,8 @@ from compressor.cli.plan_table import one_by_one, ranges, rows_by_kind
 from compressor.engine.plan_records import PlanRow
 
 
-def row(name, form="int4", shape=(64, 128), size=100):
-    return PlanRow(name, shape, "mlp", 0, "gptq", "dense", form, 400, size)
+def row(name, format_name="int4", shape=(64, 128), size=100):
+    return PlanRow(name, shape, "mlp", 0, "gptq", "dense", format_name, 400, size)
 
 
 def shown(rows):
@@ -26,7 +26,7 @@ def test_weights_of_every_block_are_one_row():
     assert [kind.name for kind in one_by_one(rows)] == [r.name for r in rows]
 
 
-@pytest.mark.parametrize("differs", [{"form": "int8"}, {"shape": (64, 64)}])
+@pytest.mark.parametrize("differs", [{"format_name": "int8"}, {"shape": (64, 64)}])
 def test_blocks_that_differ_are_named_by_their_numbers(differs):
     rows = [row(f"layers.{i}.up", **(differs if i in (0, 3) else {})) for i in range(6)]
     assert shown(rows) == [("layers.0,3.up", 2), ("layers.1-2,4-5.up", 4)]

@@ -20,11 +20,11 @@ PREDICTED = {
         {"name": "evaluate", "parts": [20.0]},
     ],
 }
-SWEEP = {"event": "sweep", "sweep": 0, "units": 4, "passes": ["gptq"]}
+SWEEP = {"event": "sweep", "sweep": 0, "parts": 4, "passes": ["gptq"]}
 
 
 def part(number):
-    return {"event": "unit", "sweep": 0, "unit": number, "units": 4, "name": f"layers.{number - 1}", "seconds": 1.0}
+    return {"event": "part", "sweep": 0, "part": number, "parts": 4, "name": f"layers.{number - 1}", "seconds": 1.0}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_run_without_a_prediction_has_no_estimate(run):
 def test_work_inside_a_part_is_named(run):
     timeline, at = run
     at(0.0, SWEEP)
-    at(1.0, {"event": "progress", "sweep": 0, "unit": 1, "what": "layers.0.up", "share": 0.25})
+    at(1.0, {"event": "progress", "sweep": 0, "part": 1, "what": "layers.0.up", "share": 0.25})
     assert timeline.activity == "sweep 1: gptq, layers.0.up 25%"
 
 
@@ -97,7 +97,7 @@ def test_a_silent_run_says_that_it_lives(capsys):
 
     with show("json", Console(), silence=0.02) as emit:
         emit(PREDICTED), emit(SWEEP)
-        emit({"event": "progress", "sweep": 0, "unit": 1, "what": "layers.0.up", "share": None})
+        emit({"event": "progress", "sweep": 0, "part": 1, "what": "layers.0.up", "share": None})
         until(found)
     alive = seen[-1]
     assert {event["event"] for event in seen} == {"predicted", "sweep", "alive"}

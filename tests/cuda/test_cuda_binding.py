@@ -420,7 +420,7 @@ def layer_of(out=70, columns=256, dtype=torch.float16, symmetric=False, index=No
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_prepared_layer_multiplies_as_its_stored_form(kernels, dtype, symmetric, act_order, bits):
+def test_a_prepared_layer_multiplies_as_its_quantization_format(kernels, dtype, symmetric, act_order, bits):
     index = torch.randperm(256, generator=torch.Generator().manual_seed(2)) // 64 if act_order else None
     layer = layer_of(dtype=dtype, symmetric=symmetric, index=index, bits=bits)
     # exact: rows of the identity, and the product of a code and a scale of 16 bits in float32

@@ -216,7 +216,7 @@ def test_factors_that_no_cuda_kernel_takes_stay_with_the_reason(name):
 
 
 @pytest.mark.parametrize("dtype", OUTPUT_UNIT)
-def test_a_prepared_layer_multiplies_as_its_stored_form(kernels, dtype):
+def test_a_prepared_layer_multiplies_as_its_quantization_format(kernels, dtype):
     case = problem((19, 70, 3, 20, 16, 5), dtype)
     kind = str(dtype).removeprefix("torch.")
     layer = SparseFactorLinear.pack(case.dense.float(), case.value.float(), case.index.long(), kind)

@@ -72,7 +72,7 @@ def test_outputs_are_those_of_the_cpu_library(emulated, number):
 
 @pytest.mark.parametrize("m", [1, 2, 70])
 def test_a_column_is_an_outlier_from_the_threshold_on(emulated, m):
-    """An int8 weight of 0 but for one column: its values come through exactly as an outlier, rounded below that."""
+    """An int8 weight of 0 except in one column: its values come through exactly as an outlier, rounded below that."""
     k, column = 80, 37
     weight, absmax = np.zeros((8, k), np.int8), np.full(8, 127, np.float32)
     weight[:, column] = np.arange(8)

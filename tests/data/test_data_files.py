@@ -141,7 +141,7 @@ MALFORMED = [
     ("a.csv.zst", packed("zstd", CSV)[:-5], "", {"reason": "not-read"}),
     ("a.jsonl", b'{"text": "a"}\n\n{oops\n', ":3", {"reason": "bad-json"}),
     ("a.jsonl", b'["a"]\n', ":1", {"reason": "no-object"}),
-    ("a.jsonl", b'{"text": "a", "text": "b"}', ":1", {"reason": "bad-json", "twin": "text"}),
+    ("a.jsonl", b'{"text": "a", "text": "b"}', ":1", {"reason": "bad-json", "repeated": "text"}),
     ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ":1", {"reason": "bad-json"}),
     ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ":1", {"reason": "bad-json"}),
     ("a.jsonl", b'{"txt": "a"}', ", row 1", {"reason": "no-field", "field": "text", "near": ["txt"]}),

@@ -157,7 +157,7 @@ def test_plan_lists_every_problem_at_once(tmp_path):
 def test_inspect_shows_groups_and_roles():
     found = json.loads(run("inspect", "demo", "--format", "json").stdout)
     assert found["block_count"] == 6 and found["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
-    names = [[w["name"].rpartition(".")[2] for w in group] for group in found["units"][1]["groups"]]
+    names = [[w["name"].rpartition(".")[2] for w in group] for group in found["parts"][1]["groups"]]
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 

@@ -217,7 +217,7 @@ def test_resume_refuses_other_data_and_other_versions_and_names_them(reader, tmp
     journal.write_text(json.dumps(facts))
     compress(chosen, str(reader), tmp_path / "out", measure=False, resume=True)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["run"]["resumed"] == [{"from_unit": 2}]
+    assert report["run"]["resumed"] == [{"from_part": 2}]
 
 
 @pytest.mark.slow
@@ -434,7 +434,7 @@ def test_exit_code_0_and_one_json_event_a_line(llama, tmp_path):
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert events[-1]["event"] == "result" and events[-1]["status"] == "ok"
-    assert {"sweep", "unit", "weight", "stage"} <= {event["event"] for event in events}
+    assert {"sweep", "part", "weight", "stage"} <= {event["event"] for event in events}
 
 
 def test_exit_code_2_for_usage_and_recipe(llama, tmp_path):

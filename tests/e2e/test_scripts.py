@@ -282,8 +282,8 @@ def test_the_unpacking_that_shares_no_code_gives_what_was_packed(bits, symmetric
     scale = torch.rand(6, 2, generator=generator)
     tensors = {"m.weight_packed": pack_codes(codes.to(torch.uint8), bits), "m.weight_scale": scale}
     tensors["m.weight_zero_point"] = pack_codes(zeros.t().contiguous().to(torch.uint8), bits).t()
-    spec = {"bits": bits, "group_size": 32, "symmetric": symmetric}
-    entry = {"name": "m", "form": "packed_linear", "spec": spec, "shape": [6, 64]}
+    format_params = {"bits": bits, "group_size": 32, "symmetric": symmetric}
+    entry = {"name": "m", "form": "packed_linear", "spec": format_params, "shape": [6, 64]}
     shift = 2 ** (bits - 1) if symmetric else zeros.repeat_interleave(32, 1)
     assert torch.equal(family_check.unpacked(entry, tensors), (codes - shift) * scale.repeat_interleave(32, 1))
 

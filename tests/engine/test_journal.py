@@ -92,7 +92,7 @@ def test_a_damaged_line_in_the_middle_is_refused(tmp_path):
 
 EDITS = {
     "a fact removed": lambda line: line.pop("forms"),
-    "a fact of another kind": lambda line: line.update(forms=5),
+    "a fact of another kind": lambda line: line.update(formats=5),
     "a fact that is null": lambda line: line.update(relative_errors=None),
     "an item of another kind": lambda line: line.update(warnings=[5]),
     "a value deep inside": lambda line: line["records"][0].pop("name"),

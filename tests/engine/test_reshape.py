@@ -20,7 +20,12 @@ from compressor.data.samples import load_samples
 from compressor.engine.plan import make_plan
 from compressor.engine.plan_records import parameter_count
 from compressor.errors import PreflightError, RecipeError
-from compressor.methods.rotation.sliced_shapes import global_parameters, kept_width, per_site_parameters, stream_shape
+from compressor.methods.rotation.sliced_shapes import (
+    global_parameters,
+    kept_width,
+    per_sublayer_parameters,
+    stream_shape,
+)
 from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks
 from compressor.passes.rotate import Rotate
@@ -255,7 +260,7 @@ def test_nothing_sliced_at_any_site_keeps_the_logits(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_slicing_at_each_site_is_what_the_plain_algorithm_gives(family, tmp_path):
-    """The sweep projects a dense block's norms; the reference runs the sliced model itself, site after site."""
+    """The sweep projects a dense block's norms; the reference runs the sliced model itself, sublayer after sublayer."""
     model = tiny.save(family, tmp_path / "model")
     step = {"pass": "slicegpt", "sparsity": 0.25, "round_to": 4, "final_orientation": "pca"}
     report = compress(recipe(FUSED, step), str(model), tmp_path / "out", measure=False)
@@ -274,7 +279,7 @@ def test_slicing_at_each_site_is_what_the_plain_algorithm_gives(family, tmp_path
     assert relative(ours(tmp_path / "out"), logits(model)) > 2e-2  # and it is another model than the dense one
     (_, sliced) = make_plan(recipe(FUSED, step), str(model), prove=False).reshapes
     shapes = {name: tuple(p.shape) for name, p in sliced.before.model.named_parameters()}
-    count = per_site_parameters(stream_shape(sliced.facts.residual, shapes), widths)
+    count = per_sublayer_parameters(stream_shape(sliced.facts.residual, shapes), widths)
     assert report["reshapes"][1]["parameters_after"] == count == parameter_count(sliced.after)
 
 

@@ -19,9 +19,9 @@ from compressor.engine.choice_view import ModelView
 from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted
 from compressor.methods.rotation.sliced_shapes import (
-    SiteShape,
+    SublayerShape,
     StreamShape,
-    per_site_parameters,
+    per_sublayer_parameters,
     scheduled_widths,
     uniform_widths,
 )
@@ -85,7 +85,7 @@ def test_auto_measures_both_at_one_size_and_keeps_the_better(model, tmp_path):
         assert f"{figure['divergence']:.4g} with {figure['parameters']:,} parameters" in sliced["notes"][-1]
     assert report["sizes"]["predicted_bytes"] == report["sizes"]["after_bytes"]
     assert not any(warning["code"] == "sizes-undecided" for warning in report["warnings"])
-    # what was measured by projecting is what the artifact does, but for the rounding of its weights
+    # what was measured by projecting is what the artifact does, except for the rounding of its weights
     assert divergence(tmp_path / "out", model) == pytest.approx(best["divergence"], rel=2e-3)
 
 
@@ -121,15 +121,15 @@ def test_widths_by_variance_stay_within_the_size_of_one_width_and_lose_less(mode
 
 def test_scheduled_widths_are_the_best_of_all_where_sizes_add_up():
     """Without shortcut matrices to speak of, greedy is exact: compare with every combination."""
-    shape = StreamShape(6, 200, (SiteShape(300, 500), SiteShape(700, 200), SiteShape(400, 300)), 11, 6, 4, 6)
+    shape = StreamShape(6, 200, (SublayerShape(300, 500), SublayerShape(700, 200), SublayerShape(400, 300)), 11, 6, 4, 6)
     spectra = [[8, 4, 2, 1, 0.5, 0.25], [5, 5, 1, 1, 0.1, 0], [9, 1, 0.4, 0.3, 0.2, 0.1]]
 
     def lost(widths):
         return sum(sum(values[width:]) / sum(values) for values, width in zip(spectra, widths))
 
-    every = {(*widths, 6): per_site_parameters(shape, (*widths, 6)) for widths in product(range(1, 7), repeat=3)}
+    every = {(*widths, 6): per_sublayer_parameters(shape, (*widths, 6)) for widths in product(range(1, 7), repeat=3)}
     for at in (0.4, 0.6, 0.8, 1.0):
-        budget = int(at * per_site_parameters(shape, uniform_widths(shape, 6)))
+        budget = int(at * per_sublayer_parameters(shape, uniform_widths(shape, 6)))
         found = scheduled_widths(shape, spectra, budget, 1, 1)
         assert every[found] <= budget
         best = min((widths for widths, count in every.items() if count <= budget), key=lost)

@@ -66,7 +66,7 @@ def test_a_class_without_such_rules_keeps_its_format(family, tmp_path):
 
 
 @pytest.mark.parametrize("export_format", ["auto", "custom"])
-def test_a_twin_needs_no_code_that_the_config_of_the_model_names(export_format, tmp_path):
+def test_a_probe_model_needs_no_code_that_the_config_of_the_model_names(export_format, tmp_path):
     """Checkpoints of classes that transformers has by now (Phi-3, Qwen) still name the files they began with."""
     path = tiny.save("llama", tmp_path / "m", dtype=torch.bfloat16)
     values = json.loads((path / "config.json").read_text())
@@ -123,9 +123,9 @@ def test_a_loader_whose_model_computes_something_else_is_found(break_it, told, t
         break_it(model)
         return model, info
 
-    assert trial.try_loaders(plan.structure, list(plan.forms.values()), plan.export_format) is None
+    assert trial.try_loaders(plan.structure, list(plan.formats.values()), plan.export_format) is None
     monkeypatch.setattr(trial, "load_stock", broken)
-    assert told in trial.try_loaders(plan.structure, list(plan.forms.values()), plan.export_format)
+    assert told in trial.try_loaders(plan.structure, list(plan.formats.values()), plan.export_format)
 
 
 def test_a_narrower_probe_that_cannot_run_is_not_tried(tmp_path):
@@ -137,7 +137,7 @@ def test_a_narrower_probe_that_cannot_run_is_not_tried(tmp_path):
     assert not plan.problems and not [found for found in plan.warnings if found.code == "format-untried"]
 
 
-def test_the_twin_of_a_large_model_is_small(tmp_path):
+def test_the_probe_model_of_a_large_model_is_small(tmp_path):
     """At the widths of Llama 3 8B: what is saved and loaded has a few hundred thousand parameters."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2, "vocab_size": 128256}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
@@ -146,10 +146,10 @@ def test_the_twin_of_a_large_model_is_small(tmp_path):
     with torch.device("meta"):
         structure.model = hf.LlamaForCausalLM(config)
     plan = make_plan(recipe(), str(tmp_path / "m"), prove=False)
-    forms = [form for form in plan.forms.values()]
-    for form in forms:
-        object.__setattr__(form.weight, "shape", (4096, 14336) if "down" in form.weight.name else (4096, 4096))
-    change = next(trial._narrowings(config, structure, forms))
+    formats = [stored for stored in plan.formats.values()]
+    for stored in formats:
+        object.__setattr__(stored.weight, "shape", (4096, 14336) if "down" in stored.weight.name else (4096, 4096))
+    change = next(trial._narrowings(config, structure, formats))
     narrow = change()
     assert (narrow.hidden_size, narrow.intermediate_size, narrow.head_dim, narrow.vocab_size) == (64, 224, 2, 512)
     assert sum(p.numel() for p in hf.LlamaForCausalLM(narrow).parameters()) < 500_000

@@ -60,27 +60,27 @@ def test_a_stock_loader_counts_no_saturation_and_the_report_says_so(report):
 
 def test_functions_of_every_kind_are_told_with_what_their_tables_cost(report):
     common = {"entries": 256, "lookup": "linear"}
-    specs = {"activation": {"function": "silu"}, "norm": {"kind": "rms"}, "softmax": {}}
+    all_params = {"activation": {"function": "silu"}, "norm": {"kind": "rms"}, "softmax": {}}
     rows = [
         {
             **{key: value for key, value in report["weights"][0].items() if "error" not in key},
             "name": role,
             "role": role,
         }
-        | {"spec": {**common, **spec}, "shape": [], "bits_per_parameter": None}
+        | {"spec": {**common, **format_params}, "shape": [], "bits_per_parameter": None}
         | {"table_bound": 0.25, "table_range": [-1.0, 0.0]}
-        for role, spec in specs.items()
+        for role, format_params in all_params.items()
     ]
     found = {**report, "weights": [*report["weights"], *rows]}
     validate_report(found)
     page, text = render_html(found), render_markdown(found)
     assert all(
-        f"<td>{role}</td><td>{kind}</td>" in page for role, kind in zip(specs, ("silu", "rms", "exp"), strict=True)
+        f"<td>{role}</td><td>{kind}</td>" in page for role, kind in zip(all_params, ("silu", "rms", "exp"), strict=True)
     )
     assert "3 functions read from tables" in page and "| norm | 1 | 256 | linear | 0.25 of the output |" in text
 
 
-def test_saturation_is_told_in_every_form(report):
+def test_saturation_is_reported_in_every_format(report):
     layers = [{"name": "a.q", "values": 200, "outside": 3}, {"name": "a.k", "values": 200, "outside": 0}]
     found = {**report, "saturation": {"reason": None, "layers": layers}}
     validate_report(found)

@@ -415,7 +415,7 @@ def test_a_processor_may_lack_a_level_below_its_best(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [None, [3, 7, 40], []], ids=["dynamic", "calibrated", "none"])
-def test_llm_int8_is_one_call_that_agrees_with_its_stored_form(columns, dtype):
+def test_llm_int8_is_one_call_that_agrees_with_its_quantization_format(columns, dtype):
     made = torch.Generator().manual_seed(4)
     matrix = torch.randn(130, 77, generator=made)
     kept = None if columns is None else torch.tensor(columns, dtype=torch.int64)

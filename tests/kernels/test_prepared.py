@@ -46,7 +46,7 @@ def packed_layer(out=24, columns=64, bits=4, group=32, symmetric=False, index=No
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_prepared_layer_multiplies_as_its_stored_form(bits, symmetric):
+def test_a_prepared_layer_multiplies_as_its_quantization_format(bits, symmetric):
     model = nn.Sequential(packed_layer(bits=bits, symmetric=symmetric), nn.ReLU())
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     expected = model(x)
@@ -58,14 +58,14 @@ def test_a_prepared_layer_multiplies_as_its_stored_form(bits, symmetric):
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("form", ["packed", "blocks", "atoms"])
 @pytest.mark.parametrize("flushes", [False, True])
-def test_kernels_read_subnormal_float16_numbers(form, rows, flushes):
+def test_kernels_read_subnormal_float16_numbers(format_name, rows, flushes):
     """Also where the process treats float32's own subnormals as zero: float16's aren't among those."""
     made = torch.Generator().manual_seed(6)
     codes = torch.randint(-8, 8, (24, 64), generator=made, dtype=torch.int8)
     small = torch.randint(1, 900, (24, 2), generator=made) * 2.0**-24  # up to 5.4e-5, the least normal one is 6.1e-5
-    if form == "packed":
+    if format_name == "packed":
         layer = PackedLinear.pack(codes, small.half(), None, bits=4, group_size=32, symmetric=True)
-    elif form == "blocks":
+    elif format_name == "blocks":
         layer = BlockLinear.pack(codes, small.half(), bits=4, block=(1, 32))
     else:
         atoms, values = small.half().reshape(2, 3, 8), small.half().reshape(-1)[: 24 * 2].reshape(24, 2, 1)
@@ -104,7 +104,7 @@ def test_a_group_index_becomes_a_permutation():
 def test_a_group_index_of_minus_one_is_the_columns_own_order_and_some_of_it_is_no_kernels():
     layer = packed_layer()
     no_order = torch.full((64,), -1, dtype=torch.int32)
-    weight = stock._packed(layer.spec(), layer.tensors() | {"weight_g_idx": no_order})
+    weight = stock._packed(layer.format_params(), layer.tensors() | {"weight_g_idx": no_order})
     assert weight.group_index is None and dispatch.choose(weight, None).op == "linear_weight_only"
     index = (torch.arange(64) // 32).index_fill(0, torch.tensor([3]), -1)
     choice = dispatch.choose(dataclasses.replace(weight, group_index=index), None)
@@ -273,7 +273,7 @@ def factor_layer(values, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("values", ["float16", "bfloat16", "int8"])
-def test_factors_are_multiplied_as_their_stored_form(values):
+def test_factors_are_multiplied_as_their_quantization_format(values):
     model, other = nn.Sequential(factor_layer(values)), factor_layer(values)
     names = set(model.state_dict())
     assert prepare(model, strict=True)["0"].op == "linear_dense_sparse" and set(model.state_dict()) == names

@@ -32,23 +32,30 @@ WIDTH = 40
 
 def activation(name="silu", lookup="linear", entries=256):
     table = activation_table(name, -3.0, 3.0, entries)
-    spec = {"function": name, "entries": entries, "low": table.low, "step": table.step, "lookup": lookup}
+    format_params = {"function": name, "entries": entries, "low": table.low, "step": table.step, "lookup": lookup}
     layer = find_layer("table_activation")
-    return layer.from_tensors({**spec, "slopes": list(KNOWN[name].slopes)}, {"table": table.values})
+    return layer.from_tensors({**format_params, "slopes": list(KNOWN[name].slopes)}, {"table": table.values})
 
 
 def norm(kind="rms", lookup="linear", entries=256, offset=0.0, gain=True, bias=False, dtype=torch.float32):
     made, table = torch.Generator().manual_seed(3), root_table(entries)
-    spec = {"kind": kind, "offset": offset, "eps": 1e-5, "entries": entries, "step": table.step, "lookup": lookup}
+    format_params = {
+        "kind": kind,
+        "offset": offset,
+        "eps": 1e-5,
+        "entries": entries,
+        "step": table.step,
+        "lookup": lookup,
+    }
     weight = {"weight": torch.randn(WIDTH, generator=made).to(dtype)} if gain else {}
     added = torch.randn(WIDTH, generator=made).to(dtype) if bias else None
-    return find_layer("table_norm").from_tensors(spec, {**weight, "table": table.values}, added)
+    return find_layer("table_norm").from_tensors(format_params, {**weight, "table": table.values}, added)
 
 
 def attention(block=None, lookup="linear", entries=256):
     table = exp_table(-16.0, entries)
-    spec = {"entries": entries, "step": table.step, "lookup": lookup, "bits": block and 8, "block": block}
-    return find_layer("block_attention").from_tensors(spec, {"table": table.values})
+    format_params = {"entries": entries, "step": table.step, "lookup": lookup, "bits": block and 8, "block": block}
+    return find_layer("block_attention").from_tensors(format_params, {"table": table.values})
 
 
 LAYERS = [
@@ -200,7 +207,7 @@ def test_a_loaded_model_reads_all_its_tables_by_the_library_and_says_the_same(fa
     reference = compressor.load(tmp_path / "out", kernels="reference")
     ours = compressor.load(tmp_path / "out", kernels="strict")
     assert type(ours) is type(reference) and list(ours.state_dict()) == list(reference.state_dict())
-    kinds = {module.form for module in ours.modules() if isinstance(module, PreparedLookupTable)}
+    kinds = {module.format_name for module in ours.modules() if isinstance(module, PreparedLookupTable)}
     assert kinds == {"table_activation", "table_norm", "block_attention"}
     assert not any(isinstance(module, Layer) for module in ours.modules())
     ids = torch.arange(32).view(2, 16)

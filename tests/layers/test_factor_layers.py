@@ -67,15 +67,15 @@ def test_gathering_is_multiplying_by_the_matrix(values, tolerance):
 
 def test_a_stored_layer_is_rebuilt_from_its_tensors_and_refuses_damaged_ones():
     layer = SparseFactorLinear.pack(*factors(), "int8")
-    again = SparseFactorLinear.from_tensors(layer.spec(), layer.tensors())
+    again = SparseFactorLinear.from_tensors(layer.format_params(), layer.tensors())
     assert again.matrix(torch.float32).equal(layer.matrix(torch.float32))
     damaged = {**layer.tensors(), "weight_index": layer.weight_index ^ 1}
     with raises(ShapeError, tensor="weight_index", k=2, rows=21):
-        SparseFactorLinear.from_tensors(layer.spec(), damaged)
+        SparseFactorLinear.from_tensors(layer.format_params(), damaged)
     numbers = SparseFactorLinear.pack(*factors(atoms=33), "float16")
     damaged = {**numbers.tensors(), "weight_index": numbers.weight_index | 255}
     with raises(ShapeError, tensor="weight_index", atoms=33):
-        SparseFactorLinear.from_tensors(numbers.spec(), damaged)
+        SparseFactorLinear.from_tensors(numbers.format_params(), damaged)
     with raises(ShapeError, reason="descends"):
         atoms, values, index = factors()
         SparseFactorLinear.pack(atoms, values, index.flip(2), "float16")
@@ -92,7 +92,7 @@ def test_two_thin_products_are_one_by_the_matrix(values, tolerance):
     assert float((matrix - left @ right).abs().max() / (left @ right).abs().max()) < tolerance
     x = torch.randn(2, 4, 5, generator=draw)
     assert torch.allclose(layer(x), torch.nn.functional.linear(x, matrix), rtol=1e-5, atol=1e-5)
-    again = LowRankLinear.from_tensors(layer.spec(), layer.tensors(), torch.ones(9))
+    again = LowRankLinear.from_tensors(layer.format_params(), layer.tensors(), torch.ones(9))
     assert again.matrix(torch.float32).equal(matrix) and torch.allclose(again(x), layer(x) + 1)
     with raises(ShapeError, left=[9, 3], right=[2, 5]):
         LowRankLinear.pack(left, right[:2], values)

@@ -214,12 +214,12 @@ def test_a_planted_outlier_costs_little_with_the_split_and_much_without():
 def test_stored_tensors_rebuild_the_layer_and_wrong_ones_are_refused():
     torch.manual_seed(0)
     layer = layer_of(torch.randn(8, 32).bfloat16(), columns=[3, 30])
-    spec, tensors = layer.spec(), layer.tensors()
-    assert spec == {"threshold": 6.0, "outliers": "calibrated", "outlier_columns": 2}
-    again = Int8SplitLinear.from_tensors(spec, tensors)
+    format_params, tensors = layer.format_params(), layer.tensors()
+    assert format_params == {"threshold": 6.0, "outliers": "calibrated", "outlier_columns": 2}
+    again = Int8SplitLinear.from_tensors(format_params, tensors)
     x = torch.randn(5, 32).bfloat16()
-    assert torch.equal(again(x), layer(x)) and again.spec() == spec
-    planned = Int8SplitLinear.planned((8, 32), spec, torch.bfloat16)
+    assert torch.equal(again(x), layer(x)) and again.format_params() == format_params
+    planned = Int8SplitLinear.planned((8, 32), format_params, torch.bfloat16)
     assert planned == {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     assert (layer.weight[:, [3, 30]] == 0).all()
     broken = [
@@ -232,7 +232,7 @@ def test_stored_tensors_rebuild_the_layer_and_wrong_ones_are_refused():
     ]
     for name, value, data in broken:
         with raises(ShapeError, **data):
-            Int8SplitLinear.from_tensors(spec, {**tensors, name: value})
+            Int8SplitLinear.from_tensors(format_params, {**tensors, name: value})
     with raises(ShapeError, inputs=133145, limit=133144), torch.device("meta"):
         Int8SplitLinear(133145, 2, 6.0, torch.float32)
 

@@ -55,7 +55,7 @@ def test_packing_equals_the_owners_for_every_width_and_length(bits, columns):
 def test_a_layer_gives_back_what_was_packed(bits, symmetric, group_size):
     layer, codes, scale, zero = make(bits, symmetric, group_size)
     assert torch.equal(layer.codes(), codes)
-    again = PackedLinear.from_tensors(layer.spec(), layer.tensors())
+    again = PackedLinear.from_tensors(layer.format_params(), layer.tensors())
     width = 64 if group_size == -1 else group_size
     shift = 0 if zero is None else zero.repeat_interleave(width, 1).to(torch.bfloat16)
     expected = (codes.to(torch.bfloat16) - shift) * scale.repeat_interleave(width, 1)
@@ -75,7 +75,7 @@ def test_forward_is_the_dense_multiply_with_its_bias():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_planned_shapes_are_those_that_are_stored(bits, symmetric):
     layer, *_ = make(bits, symmetric)
-    planned = PackedLinear.planned((5, 64), layer.spec(), torch.bfloat16)
+    planned = PackedLinear.planned((5, 64), layer.format_params(), torch.bfloat16)
     assert planned == {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
 
 
@@ -90,9 +90,9 @@ def test_a_stored_index_says_the_group_of_each_input(symmetric):
     _, codes, scale, zero = make(symmetric=symmetric)
     index = torch.randperm(64, generator=torch.Generator().manual_seed(3)) // 32
     layer = PackedLinear.pack(codes, scale, zero, bits=4, group_size=32, symmetric=symmetric, index=index)
-    assert layer.spec() == {"bits": 4, "group_size": 32, "symmetric": symmetric, "act_order_index": True}
+    assert layer.format_params() == {"bits": 4, "group_size": 32, "symmetric": symmetric, "act_order_index": True}
     assert layer.tensors()["weight_g_idx"].dtype == torch.int32
-    again = PackedLinear.from_tensors(layer.spec(), layer.tensors())
+    again = PackedLinear.from_tensors(layer.format_params(), layer.tensors())
     expected = torch.empty(5, 64, dtype=torch.bfloat16)
     for row in range(5):
         for column in range(64):
@@ -100,13 +100,13 @@ def test_a_stored_index_says_the_group_of_each_input(symmetric):
             shift = 0 if zero is None else zero[row, group].bfloat16()
             expected[row, column] = (codes[row, column].bfloat16() - shift) * scale[row, group]
     assert torch.equal(again.matrix(torch.bfloat16), expected)
-    planned = PackedLinear.planned((5, 64), layer.spec(), torch.bfloat16)
+    planned = PackedLinear.planned((5, 64), layer.format_params(), torch.bfloat16)
     assert planned == {name: (value.dtype, tuple(value.shape)) for name, value in layer.tensors().items()}
 
 
 def test_without_an_index_neither_spec_nor_tensors_mention_it():
     layer, *_ = make()
-    assert layer.spec() == {"bits": 4, "group_size": 32, "symmetric": True}
+    assert layer.format_params() == {"bits": 4, "group_size": 32, "symmetric": True}
     assert set(layer.tensors()) == {"weight_packed", "weight_scale", "weight_shape"}
 
 
@@ -118,4 +118,4 @@ def test_an_index_of_groups_that_do_not_exist_is_refused(index):
     stored = PackedLinear.pack(codes, scale, None, bits=4, group_size=32, symmetric=True, index=torch.arange(64) // 32)
     tensors = {**stored.tensors(), "weight_g_idx": torch.tensor(index, dtype=torch.int32)}
     with raises(ShapeError, tensor="weight_g_idx", shape=[len(index)]):
-        PackedLinear.from_tensors(stored.spec(), tensors)
+        PackedLinear.from_tensors(stored.format_params(), tensors)

@@ -106,7 +106,7 @@ def as_artifact(written, directory):
     units = [written.directory / "model.safetensors"]
     writer.write_artifact(directory, structure, units, [], export_format, 10**9, False, "version: 1\n")
     source = {"name": "tiny", "sha256": ""}
-    writer.seal(directory, architecture=structure.architecture, export_format=export_format, forms=[], source=source)
+    writer.seal(directory, architecture=structure.architecture, export_format=export_format, formats=[], source=source)
     return directory
 
 
@@ -120,8 +120,8 @@ def test_a_sliced_checkpoint_is_taken_apart_and_computes_what_the_reference_does
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert error(logits_of(model.eval(), written.batch), written.logits) < TOLERANCE
     names = [w.name for unit in (1, 2, 3) for stage in structure.stages(unit) for group in stage for w in group]
-    sites = sum(map(len, written.residual.blocks)) + (family == "gpt2")
-    assert len([name for name in names if "shortcut" in name]) == sites
+    sublayers = sum(map(len, written.residual.blocks)) + (family == "gpt2")
+    assert len([name for name in names if "shortcut" in name]) == sublayers
     readers = {
         r.parameter for block in written.residual.blocks for s in block for norm in s.norms for r in norm.consumers
     }
@@ -259,7 +259,7 @@ def test_the_class_of_a_reshaped_model_is_one_and_knows_its_stock_class():
         ("compressed_shapes", ["lm_head.bias"], {"where": "config.json: compressed_shapes"}),
         ("compressed_shapes", {"lm_head.bias": 96}, {"where": "config.json: compressed_shapes"}),
         ("compressed_modules", {"model.norm": {"form": "rms_norm"}}, {"where": "config.json: compressed_modules"}),
-        ("compressed_modules", {"model.norm": {"form": "x", "spec": {}, "shape": []}}, {"form": "x"}),
+        ("compressed_modules", {"model.norm": {"form": "x", "spec": {}, "shape": []}}, {"format_name": "x"}),
     ],
 )
 def test_a_config_that_is_not_as_written_is_an_error(key, value, told, tmp_path):
@@ -328,7 +328,7 @@ def artifact_block(model):
 def test_shortcuts_stay_dense_unless_named(sliced):
     written = sliced("llama")
     plan = make_plan(recipe(GPTQ), str(written.directory), prove=False)
-    assert not plan.problems and len(plan.forms) == 21
-    assert not any("shortcut" in name for name in plan.forms)
+    assert not plan.problems and len(plan.formats) == 21
+    assert not any("shortcut" in name for name in plan.formats)
     plan = make_plan(recipe(SHORTCUTS), str(written.directory), prove=False)
-    assert {name.rpartition(".")[2] for name in plan.forms} == {"shortcut_0", "shortcut_1"} and len(plan.forms) == 6
+    assert {name.rpartition(".")[2] for name in plan.formats} == {"shortcut_0", "shortcut_1"} and len(plan.formats) == 6

@@ -91,9 +91,9 @@ def test_beyond_its_range_an_activation_goes_on_from_its_ends_without_a_jump():
 def test_values_count_as_outside_only_where_the_function_is_not_straight_yet():
     for span, expected in (((-1.0, 2.0), 2), ((-1.0, 20.0), 1), ((-20.0, 20.0), 0)):
         table = activation_table("gelu", *span, 256)
-        spec = {"function": "gelu", "entries": 256, "low": table.low, "step": table.step}
+        format_params = {"function": "gelu", "entries": 256, "low": table.low, "step": table.step}
         layer = find_layer("table_activation").from_tensors(
-            {**spec, "lookup": "linear", "slopes": [0.0, 1.0]}, {"table": table.values}
+            {**format_params, "lookup": "linear", "slopes": [0.0, 1.0]}, {"table": table.values}
         )
         assert int(layer.outside(torch.tensor([-30.0, 0.0, 0.5, 30.0]))) == expected
 
@@ -166,9 +166,9 @@ def test_a_norm_from_a_table_is_the_norm_to_the_bound_of_its_root(norm):
         torch.nn.init.uniform_(parameter, -1, 1, generator=generator)
     found, table = describe_norm(norm), root_table(256)
     tensors = {"table": table.values, **({"weight": norm.weight.data} if found.has_weight else {})}
-    spec = {"kind": found.kind, "offset": found.offset, "eps": found.eps}
-    spec = {**spec, "entries": 256, "step": table.step, "lookup": "linear"}
-    layer = find_layer("table_norm").from_tensors(spec, tensors, getattr(norm, "bias", None))
+    format_params = {"kind": found.kind, "offset": found.offset, "eps": found.eps}
+    format_params = {**format_params, "entries": 256, "step": table.step, "lookup": "linear"}
+    layer = find_layer("table_norm").from_tensors(format_params, tensors, getattr(norm, "bias", None))
     x = torch.randn(5, 7, 24, generator=generator) * torch.logspace(-3, 3, 7)[:, None]
     # the root's error times the normalized input, which is below sqrt(24), times a gain below 2
     assert float((layer(x) - norm(x)).detach().abs().max()) <= table.bound(0.5, 0.75, True) * 24**0.5 * 2 + 1e-5
@@ -252,8 +252,8 @@ def test_a_model_of_tables_loads_where_this_package_is_not(family, dtype, auto, 
         recipe(only=[*EVERYTHING, "@head!"], activations="dynamic"), str(model), tmp_path / "out", measure=False
     )
     assert report["verification"]["max_logit_difference"] == 0.0
-    forms = {row["form"] for row in report["weights"]}
-    assert forms == {"block_activation_linear", "table_activation", "table_norm", "block_attention"}
+    formats = {row["form"] for row in report["weights"]}
+    assert formats == {"block_activation_linear", "table_activation", "table_norm", "block_attention"}
     tables = [row for row in report["weights"] if "table_bound" in row]
     assert all(0 < row["table_bound"] < 1.1e-3 for row in tables)
     assert all(row["bytes_after"] == 4 * 256 for row in tables if row["role"] != "norm")
@@ -318,4 +318,7 @@ def test_settings_say_whether_ranges_have_to_be_calibrated():
     assert BCT(only=("*", "@activation!")).traits.reads == "inputs"
     assert BCT(only=("*", "@norm", "@softmax")).traits.reads == "weights"
     softmax_of = Weight("a.products", "", "a.products", (), "softmax")
-    assert BCT().spec(softmax_of)["bits"] is None and BCT(activations="dynamic").spec(softmax_of)["bits"] == 8
+    assert (
+        BCT().format_params(softmax_of)["bits"] is None
+        and BCT(activations="dynamic").format_params(softmax_of)["bits"] == 8
+    )

@@ -13,7 +13,7 @@ import transformers as hf
 from raising import raises
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.analysis.token_gates import find_token_sites
+from compressor.analysis.token_gates import find_token_gates
 from compressor.errors import ModelError
 from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.token_counts import kept_tokens
@@ -43,7 +43,7 @@ def facts_of(tmp_path_factory):
     @cache
     def made(family, **config):
         path = tmp_path_factory.mktemp("gate") / family
-        return find_token_sites(read_structure(tiny.save(family, path, **config)))
+        return find_token_gates(read_structure(tiny.save(family, path, **config)))
 
     return made
 
@@ -184,7 +184,7 @@ def test_other_image_models_have_a_place_for_gates(name, tmp_path):
     values = {**IMAGES, "num_labels": 3} if name != "siglip" else IMAGES
     torch.manual_seed(0)
     cls(config(**values)).save_pretrained(tmp_path)
-    facts = find_token_sites(read_structure(tmp_path))
+    facts = find_token_gates(read_structure(tmp_path))
     prefix = {"deit": 2, "dinov2": 1, "siglip": 0}[name]
     assert facts.protect == (prefix, 0) and facts.patches == (4, 4) and facts.tokens == 16 + prefix
 
@@ -223,7 +223,7 @@ def test_other_image_models_have_a_place_for_gates(name, tmp_path):
 def test_models_whose_tokens_cant_be_pruned_are_refused_by_name(build, told, tmp_path):
     build().save_pretrained(tmp_path)
     with raises(ModelError, **told):
-        find_token_sites(read_structure(tmp_path))
+        find_token_gates(read_structure(tmp_path))
 
 
 def _modern():

@@ -233,8 +233,8 @@ def test_a_ratio_is_met_within_one_percent(shape, values):
 
 def test_sizes_are_those_of_the_stored_tensors():
     for values, (block, atoms, k) in itertools.product(("float16", "int8"), ((8, 5, 1), (4, 12, 3), (16, 3, 3))):
-        spec = {"block": block, "atoms": atoms, "k": k, "values": values}
-        planned = SparseFactorLinear.planned((6, 16), spec, torch.float32)
+        format_params = {"block": block, "atoms": atoms, "k": k, "values": values}
+        planned = SparseFactorLinear.planned((6, 16), format_params, torch.float32)
         stored = sum(dtype.itemsize * math.prod(shape) for dtype, shape in planned.values())
         assert stored == block_bytes((6, 16), block, atoms, k, values)
         thin = LowRankLinear.planned((6, 16), {"rank": k, "values": values}, torch.float32)

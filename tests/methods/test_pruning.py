@@ -57,12 +57,12 @@ def pruned(opened, tmp_path):
     return get
 
 
-def even(sites, less=4):
-    return {"sites": {site.name: made.middle(site, less) for site in sites}}
+def even(prunables, less=4):
+    return {"sites": {prunable.name: made.middle(prunable, less) for prunable in prunables}}
 
 
-def uneven(sites):
-    return {"sites": {site.name: made.middle(site, number) for number, site in enumerate(sites)}}
+def uneven(prunables):
+    return {"sites": {prunable.name: made.middle(prunable, number) for number, prunable in enumerate(prunables)}}
 
 
 def apart(result, decision):
@@ -73,8 +73,8 @@ def apart(result, decision):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_is_masked_with_other_sizes_in_each_block_and_a_sub_block_gone(family, opened, pruned):
     _, facts = opened(family)
-    sites = facts.prunable()
-    decision = {**uneven(sites), "removed": [sites[-1].name]}
+    prunables = facts.prunable()
+    decision = {**uneven(prunables), "removed": [prunables[-1].name]}
     if family != "bert":
         decision["hidden"] = HIDDEN
     result = pruned(family, decision)
@@ -92,7 +92,10 @@ def test_pruned_is_masked_with_other_sizes_in_each_block_and_a_sub_block_gone(fa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_pruned_leaves_every_bit(family, opened, pruned):
     structure, facts = opened(family)
-    decision = {"sites": {site.name: list(range(site.units)) for site in facts.prunable()}, "hidden": list(range(32))}
+    decision = {
+        "sites": {prunable.name: list(range(prunable.units)) for prunable in facts.prunable()},
+        "hidden": list(range(32)),
+    }
     result = pruned(family, {**decision, "hidden": None} if family == "bert" else decision, "custom")
     assert not result.redefinition.shapes and not result.redefinition.config
     before = load_file(structure.checkpoint.directory / "model.safetensors")
@@ -132,7 +135,7 @@ def test_sizes_alike_in_every_block_make_a_model_of_the_same_class(family, hidde
 @pytest.mark.parametrize("family", ["opt", "gpt2", "bert"])
 def test_a_class_whose_heads_are_tied_to_its_width_loses_mlp_units_alone_as_stock(family, opened, pruned):
     _, facts = opened(family)
-    decision = even([site for site in facts.prunable() if site.kind == "ffn"])
+    decision = even([prunable for prunable in facts.prunable() if prunable.kind == "ffn"])
     result = pruned(family, decision, "stock")
     assert apart(result, decision) < TOLERANCE and "compressed_shapes" not in result.redefinition.config
     because = {"reason": "count-not-in-config", "kind": "heads"}
@@ -142,25 +145,28 @@ def test_a_class_whose_heads_are_tied_to_its_width_loses_mlp_units_alone_as_stoc
 
 def test_blocks_that_differ_or_a_sub_block_gone_are_no_stock_model(opened):
     _, facts = opened("llama")
-    sites = facts.prunable()
+    prunables = facts.prunable()
     stock = {"where": "export", "reason": "no-stock-model"}
     with raises(PreflightError, **stock, because={"reason": "uneven", "kind": "ffn"}):
-        pruned_redefinition(facts, sites, {"sites": {sites[1].name: list(range(60))}}, "stock")
-    with raises(PreflightError, **stock, because={"reason": "gone", "site": "model.layers.1.mlp"}):
-        pruned_redefinition(facts, sites, {"sites": {}, "removed": [sites[3].name]}, "stock")
+        pruned_redefinition(facts, prunables, {"sites": {prunables[1].name: list(range(60))}}, "stock")
+    with raises(PreflightError, **stock, because={"reason": "removed", "prunable": "model.layers.1.mlp"}):
+        pruned_redefinition(facts, prunables, {"sites": {}, "removed": [prunables[3].name]}, "stock")
     with raises(PreflightError, **stock, because={"reason": "eps-of-other-norms", "key": "rms_norm_eps"}):
         other = opened("qwen3")[1]
         pruned_redefinition(other, other.prunable(), {"sites": {}, "hidden": HIDDEN}, "stock")
-    assert "compressed_shapes" in pruned_redefinition(facts, sites, even(sites), "custom").config
+    assert "compressed_shapes" in pruned_redefinition(facts, prunables, even(prunables), "custom").config
 
 
 def test_a_class_that_splits_by_its_config_needs_as_many_heads_in_every_block(opened, pruned):
     _, facts = opened("phi3")
-    sites = facts.prunable()
+    prunables = facts.prunable()
     with raises(PreflightError, where="model.layers.0.self_attn", reason="blocks-differ", kind="heads"):
-        pruned_redefinition(facts, sites, {"sites": {sites[0].name: [1]}})
+        pruned_redefinition(facts, prunables, {"sites": {prunables[0].name: [1]}})
     decision = {
-        "sites": {site.name: [1] if site.kind == "heads" else made.middle(site, n) for n, site in enumerate(sites)}
+        "sites": {
+            prunable.name: [1] if prunable.kind == "heads" else made.middle(prunable, n)
+            for n, prunable in enumerate(prunables)
+        }
     }
     result = pruned("phi3", decision)
     assert apart(result, decision) < TOLERANCE
@@ -172,7 +178,7 @@ def test_another_head_gone_is_another_model(family, opened, pruned):
     """An index that is off by a head would pass every test of sizes."""
     _, facts = opened(family)
     name, units = facts.prunable()[0].name, facts.prunable()[0].units
-    kept = [[unit for unit in range(units) if unit != gone] for gone in (0, 1)]
+    kept = [[unit for unit in range(units) if unit != removed] for removed in (0, 1)]
     models = [pruned(family, {"sites": {name: units}}) for units in kept]
     batch = made.batch_of(models[0].dense)
     outputs = [made.logits(result.model, batch) for result in models]
@@ -184,8 +190,8 @@ def test_another_head_gone_is_another_model(family, opened, pruned):
 def test_a_block_of_which_nothing_is_left_is_dropped_where_the_class_can_be_shorter(family, opened, pruned):
     """Other families keep what their biases add."""
     _, facts = opened(family)
-    sites = facts.prunable()
-    decision = {"sites": {}, "removed": [site.name for site in sites if site.block == 0]}
+    prunables = facts.prunable()
+    decision = {"sites": {}, "removed": [prunable.name for prunable in prunables if prunable.block == 0]}
     result = pruned(family, decision)
     assert apart(result, decision) < TOLERANCE
     blocks = result.redefinition.blocks
@@ -205,8 +211,8 @@ def test_a_block_of_which_nothing_is_left_is_dropped_where_the_class_can_be_shor
 def test_a_model_without_its_first_attention_generates_with_a_cache_as_without(family, opened, pruned):
     """The cache is asked for its length at the first block."""
     _, facts = opened(family)
-    sites = facts.prunable()
-    result = pruned(family, {**uneven(sites), "removed": [sites[0].name]})
+    prunables = facts.prunable()
+    result = pruned(family, {**uneven(prunables), "removed": [prunables[0].name]})
     ids = made.batch_of(result.model)["input_ids"][:2, :7]
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
@@ -219,10 +225,10 @@ def test_a_model_without_its_first_attention_generates_with_a_cache_as_without(f
 def test_a_sub_block_of_which_nothing_is_left_still_adds_its_bias(opened, pruned):
     for family, number in (("opt", 0), ("opt", 1), ("gpt2", 1), ("bert", 0)):
         _, facts = opened(family)
-        site = facts.prunable()[number]
-        result = pruned(family, {"sites": {site.name: []}})
-        path = next(entry.path for entry in site.layout.removal if entry.adds)
-        assert result.model.get_parameter(f"{path}.bias").equal(result.dense.get_parameter(site.bias))
+        prunable = facts.prunable()[number]
+        result = pruned(family, {"sites": {prunable.name: []}})
+        path = next(entry.path for entry in prunable.layout.removal if entry.adds)
+        assert result.model.get_parameter(f"{path}.bias").equal(result.dense.get_parameter(prunable.bias))
         assert not [
             name for name, _ in result.model.named_parameters() if name.startswith(f"{path}.") and "bias" not in name
         ]
@@ -231,12 +237,12 @@ def test_a_sub_block_of_which_nothing_is_left_still_adds_its_bias(opened, pruned
 def test_a_pruned_model_is_pruned_again(opened, pruned, tmp_path):
     for family in ("llama", "gpt2"):
         _, facts = opened(family)
-        sites = facts.prunable()
-        once = pruned(family, {**uneven(sites), "removed": [sites[0].name]})
+        prunables = facts.prunable()
+        once = pruned(family, {**uneven(prunables), "removed": [prunables[0].name]})
         structure = read_structure(once.directory)
         again = structure, facts_of(structure, 0)
         left = again[1].prunable()
-        assert [site.name for site in left] == [site.name for site in sites[1:]]
+        assert [prunable.name for prunable in left] == [prunable.name for prunable in prunables[1:]]
         decision = {**uneven(left), "removed": [left[-1].name]}
         assert apart(made.carry_out(tmp_path / f"again-{family}", *again, decision), decision) < TOLERANCE
 
@@ -265,20 +271,20 @@ def test_a_narrower_rms_norm_takes_the_factor_of_the_worked_example(opened, prun
 def test_factors_of_kept_units_go_into_the_reader(opened, pruned):
     for family in ("llama", "gpt2"):
         _, facts = opened(family)
-        sites = facts.prunable()
-        decision = even(sites)
+        prunables = facts.prunable()
+        decision = even(prunables)
         factors = {name: [1 + 0.1 * n for n in range(len(units))] for name, units in decision["sites"].items()}
-        factors[sites[1].name] = [0.5] * 64  # nothing of it goes
-        decision["sites"][sites[1].name] = list(range(64))
+        factors[prunables[1].name] = [0.5] * 64  # nothing of it goes
+        decision["sites"][prunables[1].name] = list(range(64))
         result = pruned(family, decision, factors=factors)
         with torch.no_grad():
-            for site in result.sites:
-                weight = result.dense.get_parameter(site.cuts[0].parameter)
-                for unit, factor in zip(decision["sites"][site.name], factors[site.name]):
+            for prunable in result.prunables:
+                weight = result.dense.get_parameter(prunable.slices[0].parameter)
+                for unit, factor in zip(decision["sites"][prunable.name], factors[prunable.name]):
                     weight.index_copy_(
-                        site.cuts[0].axis,
-                        torch.tensor(site.columns[unit]),
-                        weight.index_select(site.cuts[0].axis, torch.tensor(site.columns[unit])) * factor,
+                        prunable.slices[0].axis,
+                        torch.tensor(prunable.columns[unit]),
+                        weight.index_select(prunable.slices[0].axis, torch.tensor(prunable.columns[unit])) * factor,
                     )
         assert apart(result, decision) < TOLERANCE
 
@@ -286,8 +292,8 @@ def test_factors_of_kept_units_go_into_the_reader(opened, pruned):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_readers_that_are_solved_again_bring_the_model_nearer_to_the_whole_one(family, opened, pruned):
     _, facts = opened(family)
-    sites = facts.prunable()
-    decision = {**even(sites, 30), "removed": [sites[2].name] if sites[2].bias else []}
+    prunables = facts.prunable()
+    decision = {**even(prunables, 30), "removed": [prunables[2].name] if prunables[2].bias else []}
     generator = torch.Generator().manual_seed(1)
     batches = [{"input_ids": torch.randint(0, 96, (16, 12), generator=generator)} for _ in range(5)]
     plain = pruned(family, decision)
@@ -297,20 +303,20 @@ def test_readers_that_are_solved_again_bring_the_model_nearer_to_the_whole_one(f
     wanted = made.logits(plain.dense, batches[0])
     errors = [made.error(made.logits(result.model, batches[0]), wanted) for result in (plain, solved)]
     assert errors[1] < errors[0]
-    name = sites[1].cuts[0].parameter  # of the first block, whose inputs are those of the dense model
+    name = prunables[1].slices[0].parameter  # of the first block, whose inputs are those of the dense model
     assert not solved.model.get_parameter(name).allclose(plain.model.get_parameter(name))
-    assert solved.model.get_parameter(sites[1].cuts[1].parameter).equal(
-        plain.model.get_parameter(sites[1].cuts[1].parameter)
+    assert solved.model.get_parameter(prunables[1].slices[1].parameter).equal(
+        plain.model.get_parameter(prunables[1].slices[1].parameter)
     )
 
 
 @pytest.mark.parametrize(
     ("decision", "data"),
     [
-        ({"sites": {"model.layers.9.mlp": [1]}}, {"reason": "no-site", "site": "model.layers.9.mlp"}),
+        ({"sites": {"model.layers.9.mlp": [1]}}, {"reason": "no-prunable", "prunable": "model.layers.9.mlp"}),
         ({"sites": {"model.layers.0.mlp": [1, 64]}}, {"reason": "units", "kept": [1, 64], "units": 64}),
         ({"sites": {"model.layers.0.mlp": [3, 1]}}, {"reason": "units", "kept": [3, 1], "units": 64}),
-        ({"sites": {}, "removed": ["model.layers.0"]}, {"reason": "no-site", "site": "model.layers.0"}),
+        ({"sites": {}, "removed": ["model.layers.0"]}, {"reason": "no-prunable", "prunable": "model.layers.0"}),
     ],
 )
 def test_a_decision_that_does_not_fit_the_model_is_refused(decision, data, opened):
@@ -330,8 +336,8 @@ def test_a_pruned_model_is_quantized_written_and_loaded_by_its_modeling_file(ope
     """GPT-2: an embedding shared with the output head, transposed matrices, biases, and no first attention."""
     model = tiny.save("gpt2", tmp_path / "model")
     structure, facts = opened("gpt2")
-    sites = facts.prunable()
-    decision = {**uneven(sites), "removed": [sites[0].name], "hidden": HIDDEN}
+    prunables = facts.prunable()
+    decision = {**uneven(prunables), "removed": [prunables[0].name], "hidden": HIDDEN}
     tree = {
         "version": 1,
         "name": "pruned",
@@ -349,5 +355,5 @@ def test_a_pruned_model_is_quantized_written_and_loaded_by_its_modeling_file(ope
     ours = compressor.load(tmp_path / "out", kernels="reference")
     dense = hf.AutoModelForCausalLM.from_pretrained(model).eval()
     assert ours.lm_head.weight is ours.transformer.wte.weight
-    result = made.Pruned(dense, ours, structure, structure, sites, facts, None, tmp_path, [])
+    result = made.Pruned(dense, ours, structure, structure, prunables, facts, None, tmp_path, [])
     assert made.error(made.logits(ours, made.batch_of(dense)), made.masked_logits(result, decision)) < 0.02  # 8 bits

@@ -108,7 +108,7 @@ def test_projections_and_an_embedding_are_rotated_along_their_axis(randn, genera
 
 
 def test_two_rotations_with_a_shortcut_between_them_change_nothing(randn, generator):
-    """The residual branch of a block whose sites have rotations of their own: x Q_a · Q_aᵀ Q_b."""
+    """The residual branch of a block whose sublayers have rotations of their own: x Q_a · Q_aᵀ Q_b."""
     a, b = random_orthogonal(8, generator), random_orthogonal(8, generator)
     x, write, branch = randn(4, 8), randn(8, 5), randn(4, 5)
     shortcut = a.t() @ b

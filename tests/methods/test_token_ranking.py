@@ -69,10 +69,10 @@ def slow_choice(graph, keys, valid, candidates, keep, gate):
     mean = keys.mean(0)
     cosine = torch.nn.functional.cosine_similarity
     closest = {a: max(float(cosine(mean[a], mean[b], dim=0)) for b in references) for a in droppable}
-    gone = sorted(droppable, key=lambda a: (-round(closest[a], 6), -order.index(a)))[:similar]
-    alive = [i for i in alive if i not in gone]
+    removed = sorted(droppable, key=lambda a: (-round(closest[a], 6), -order.index(a)))[:similar]
+    alive = [i for i in alive if i not in removed]
     score = rank(alive, gate["iterations"])
-    best = sorted((i for i in left if i not in gone), key=lambda i: (-score[i], i))[:keep]
+    best = sorted((i for i in left if i not in removed), key=lambda i: (-score[i], i))[:keep]
     return sorted([i for i in alive if not candidates[i]] + best)
 
 

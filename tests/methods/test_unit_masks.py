@@ -32,16 +32,16 @@ from compressor.model.structure import find_blocks
 def whole_gradients(model, placed, batch, masks, loss_of):
     """One plain backward pass through the whole model, masks multiplied in by hooks written here."""
     hooks = []
-    for reader in placed.readers:
-        z = masks[reader.name][:, reader.columns]
-        if reader.switch:
-            z = z * masks[reader.switch]
+    for projection in placed.projections:
+        z = masks[projection.name][:, projection.columns]
+        if projection.switch:
+            z = z * masks[projection.switch]
 
         def multiply(_module, args, z=z):
             rows = z.repeat_interleave(args[0].numel() // z.numel(), 0).view_as(args[0])
             return (args[0] * rows, *args[1:])
 
-        hooks.append(model.get_submodule(reader.module).register_forward_pre_hook(multiply))
+        hooks.append(model.get_submodule(projection.module).register_forward_pre_hook(multiply))
     value = loss_of(model(**batch).logits)
     value.backward()
     for hook in hooks:
@@ -193,7 +193,7 @@ def trainable(family="llama", labels=None, seed=0):
     model = tiny.build(family)
     whole = shaping.Whole(model, shaping.token_batches(3, 3, 6), labels, seed)
     placed = shaping.places(family, model)
-    sizes = {reader.name: int(reader.columns.max()) + 1 for reader in placed.readers}
+    sizes = {projection.name: int(projection.columns.max()) + 1 for projection in placed.projections}
     parts = [Part(name, "heads" if n < 10 else "ffn", 0, n, 3072 if n < 10 else 96) for name, n in sizes.items()]
     return whole, placed, Size(tuple(parts), 0), sizes, dict.fromkeys(sizes, 1.0)
 

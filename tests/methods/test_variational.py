@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from compressor.methods.pruning.size_budget import STREAM, Part, Size, Unreachable, cut, target_size
+from compressor.methods.pruning.size_budget import STREAM, Part, Size, Unreachable, prune_to_size, target_size
 from compressor.methods.pruning.variational_masks import (
     Masks,
     kl_divergence,
@@ -136,7 +136,7 @@ def test_the_cut_meets_its_target_within_a_hundredth_and_keeps_the_minimums(seed
     size = flat(4, 30, 4, 30, least=2)
     for share in (0.1, 0.3, 0.45):
         target = target_size(size.full, share)
-        kept = cut(size, random_scores(size, seed), target)
+        kept = prune_to_size(size, random_scores(size, seed), target)
         assert measured(size, kept) == kept.size <= target <= kept.size + 0.01 * size.full
         assert all(len(units) >= 2 for units in kept.units.values())
 
@@ -145,7 +145,7 @@ def test_without_refill_the_units_that_go_are_those_of_the_lowest_scores():
     size = Size((Part("p", "ffn", 0, 8, 3), Part("q", "ffn", 1, 8, 3)), 0)
     scores = random_scores(size, 3)
     ranked = sorted((score, name, unit) for name in "pq" for unit, score in enumerate(scores[name]))
-    kept = cut(size, scores, 3 * 11)
+    kept = prune_to_size(size, scores, 3 * 11)
     dropped = {(name, unit) for _, name, unit in ranked[:5]}
     assert {(name, unit) for name in "pq" for unit in range(8) if unit not in kept.units[name]} == dropped
 
@@ -153,22 +153,22 @@ def test_without_refill_the_units_that_go_are_those_of_the_lowest_scores():
 def test_what_fits_again_after_a_heavy_unit_went_is_taken_back():
     size = Size((Part("p0", "heads", 0, 2, 10), Part("p1", "ffn", 0, 12, 1, least=9)), 5)
     scores = {"p0": [9.0, -1.0], "p1": [-2.0] * 3 + [5.0] * 9, STREAM: []}
-    kept = cut(size, scores, size.full - 10)
+    kept = prune_to_size(size, scores, size.full - 10)
     assert kept.units == {"p0": (0,), "p1": tuple(range(12))}  # 3 of 1 went first, then one of 10, which is enough
 
 
 def test_lighter_units_go_where_a_heavy_one_would_lead_far_past_the_target():
     size = Size((Part("p0", "heads", 0, 2, 50), Part("p1", "ffn", 0, 12, 1)), 5)
     scores = {"p0": [9.0, -1.0], "p1": [-2.0] * 3 + [5.0] * 9, STREAM: []}
-    kept = cut(size, scores, size.full - 6)
+    kept = prune_to_size(size, scores, size.full - 6)
     assert kept.units["p0"] == (0, 1) and len(kept.units["p1"]) == 6
-    kept = cut(size, scores, size.full - 20)  # all neurons but one weigh 11
+    kept = prune_to_size(size, scores, size.full - 20)  # all neurons but one weigh 11
     assert kept.units == {"p0": (0,), "p1": tuple(range(12))} and kept.size == size.full - 50
 
 
 def test_no_target_keeps_everything():
     size = flat(4, 30)
-    kept = cut(size, random_scores(size), size.full)
+    kept = prune_to_size(size, random_scores(size), size.full)
     assert kept.units == {"p0": tuple(range(4)), "p1": tuple(range(30))} and kept.size == size.full
 
 
@@ -177,7 +177,7 @@ def test_aligned_counts_are_multiples_or_all(units):
     size = Size(tuple(Part(f"p{n}", "ffn", n, units, 7, least=3, align=8) for n in range(4)), 0)
     for seed, share in itertools.product(range(3), (0.1, 0.4, 0.7)):
         target = target_size(size.full, share)
-        kept = cut(size, random_scores(size, seed), target)
+        kept = prune_to_size(size, random_scores(size, seed), target)
         assert all(len(found) % 8 == 0 or len(found) == units for found in kept.units.values())
         assert kept.size <= target < kept.size + 8 * 7
 
@@ -185,7 +185,7 @@ def test_aligned_counts_are_multiples_or_all(units):
 def test_uniform_counts_are_the_same_in_every_block_with_each_blocks_own_units():
     size = flat(4, 24, 4, 24)
     scores = random_scores(size, 1)
-    kept = cut(size, scores, target_size(size.full, 0.35), uniform=True)
+    kept = prune_to_size(size, scores, target_size(size.full, 0.35), uniform=True)
     for one, other in (("p0", "p2"), ("p1", "p3")):
         assert len(kept.units[one]) == len(kept.units[other]) < (4 if one == "p0" else 24)
     for name, units in kept.units.items():
@@ -198,26 +198,26 @@ def test_the_width_of_the_stream_is_cut_with_everything_that_lies_along_it():
     size = Size(size.parts, 0, 24, 40, least_width=8, align_width=4)
     for seed in range(4):
         target = target_size(size.full, 0.4)
-        kept = cut(size, random_scores(size, seed), target, prunes_width=True)
+        kept = prune_to_size(size, random_scores(size, seed), target, prunes_width=True)
         assert kept.width is not None and len(kept.width) >= 8 and len(kept.width) % 4 == 0
         assert measured(size, kept) == kept.size <= target
-    assert cut(size, random_scores(size), target).width is None
+    assert prune_to_size(size, random_scores(size), target).width is None
 
 
 def test_a_part_goes_as_a_whole_where_its_switch_scores_lowest_and_the_last_of_a_kind_stays():
     size = Size(tuple(Part(f"p{n}", "ffn", n, 10, 2, rest=3, least=5) for n in range(3)), 9)
     assert size.of({"p0": 0, "p1": 10, "p2": 10}) == size.full - 20 - 3
     scores = random_scores(size) | {}
-    kept = cut(size, scores, size.full - 23, removable={("p1",): -99.0})
+    kept = prune_to_size(size, scores, size.full - 23, removable={("p1",): -99.0})
     assert kept.units["p1"] == () and kept.size == size.full - 23
     everything = {(f"p{n}",): -99.0 + n for n in range(3)}
     with pytest.raises(Unreachable) as caught:
-        cut(size, scores, 0, removable=everything)
+        prune_to_size(size, scores, 0, removable=everything)
     assert caught.value.least == size.full - 2 * 23 - 5 * 2
 
 
 def test_a_target_out_of_reach_says_the_smallest_size():
     size = flat(4, 30, least=3)
     with pytest.raises(Unreachable) as caught:
-        cut(size, random_scores(size), 10)
+        prune_to_size(size, random_scores(size), 10)
     assert caught.value.least == 5 + 30 + 3

@@ -64,7 +64,7 @@ def saved(tmp_path_factory):
 def test_the_family_is_planned(family, saved):
     plan = planned(saved(family))
     assert not plan.problems, plan.problems[0]
-    assert plan.forms
+    assert plan.formats
     assert all(stage.known for stage in stage_works(plan, measure=True))
 
 
@@ -117,7 +117,7 @@ def test_what_chooses_experts_is_a_router_and_stays_dense(family, saved):
     plan = planned(saved(family))
     routers = [w for _, w in plan.structure.weights() if w.role == "router"]
     assert routers and any(ROUTERS[family] in weight.parameter for weight in routers)
-    assert not {weight.name for weight in routers} & set(plan.forms)
+    assert not {weight.name for weight in routers} & set(plan.formats)
     experts = [weight for _, weight, _ in plan.structure.whole]
     assert bool(experts) == (family in WHOLE)
     if experts:
@@ -130,7 +130,7 @@ def test_a_gate_projection_as_wide_as_a_convolution_is_no_router(saved):
     plan = planned(saved("qwen3_5", intermediate_size=128))
     roles = {w.name.rpartition(".")[2]: w.role for _, w in plan.structure.weights() if "gate_proj" in w.name}
     assert roles == {"gate_proj": "mlp"}
-    assert any("gate_proj" in name for name in plan.forms)
+    assert any("gate_proj" in name for name in plan.formats)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,9 @@ def test_a_weight_that_other_code_reads_stays_dense(kind, name, tmp_path):
     cls = getattr(hf, kind)
     cls._from_config(tiny_config(cls)).save_pretrained(tmp_path / "m")
     plan = planned(tmp_path / "m")
-    assert not plan.problems and plan.forms
+    assert not plan.problems and plan.formats
     read = {weight.name for _, weight in plan.structure.weights() if plan.structure.is_read_elsewhere(weight)}
-    assert read and not read & set(plan.forms)
+    assert read and not read & set(plan.formats)
     dense = {warning.where for warning in plan.warnings if warning.code == "stays-dense"}
     assert any(name in weight for weight in dense & read)
 
@@ -203,7 +203,7 @@ def test_a_width_that_no_group_divides_stays_dense_unless_it_is_named(saved):
     narrow = saved("llama", intermediate_size=72)
     plan = planned(narrow, group_size=32)
     assert not plan.problems and [w.code for w in plan.warnings] == ["stays-dense"]
-    assert not any("down_proj" in name for name in plan.forms)
+    assert not any("down_proj" in name for name in plan.formats)
     named = planned(narrow, group_size=32, only=["*", "down_proj"])
     found = named.problems[0]
     assert found.where.endswith("down_proj") and (found.data["group_size"], found.data["in_features"]) == (32, 72)
@@ -317,7 +317,7 @@ def test_a_stock_model_has_numbers_that_its_config_class_accepts_together(family
         ("llama", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6}, 0.3, r"not a multiple"),
     ],
 )
-def test_what_cannot_be_narrower_everywhere_is_sliced_per_site(family, config, sparsity, why, saved):
+def test_what_cannot_be_narrower_everywhere_is_sliced_per_sublayer(family, config, sparsity, why, saved):
     step = {"pass": "slicegpt", "sparsity": sparsity, "orientation": "global", "round_to": 1}
     found = reshaped(saved(family, **config), {"pass": "fuse_norms"}, step)
     assert "compressed_modules" in found.redefinition.config
@@ -333,6 +333,6 @@ def test_matrices_that_blocks_share_stay_dense_and_the_others_are_compressed(tmp
     reasons = {row["name"]: row["reason"] for row in plan.skipped}
     shared = {name for name in reasons if ".shared_transformer." in name}
     assert shared and all("shares its tensor with" in reasons[name] for name in shared)
-    assert not any(".shared_transformer." in name for name in plan.forms) and plan.forms
+    assert not any(".shared_transformer." in name for name in plan.formats) and plan.formats
     report = compress(chosen, str(model), tmp_path / "out", measure=False)
     assert report["status"] == "ok" and not report["verification"]["problems"]

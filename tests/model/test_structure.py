@@ -97,7 +97,7 @@ def test_stem_blocks_and_head_reproduce_the_model_bit_for_bit(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
-def test_every_tensor_belongs_to_exactly_one_unit(family, tmp_path):
+def test_every_tensor_belongs_to_exactly_one_part(family, tmp_path):
     structure = read_structure(tiny.save(family, tmp_path / "m"))
     assert set(structure.part_by_tensor) == set(structure.checkpoint.tensors)
     for unit in range(1, structure.block_count + 1):

@@ -101,7 +101,7 @@ def test_a_weight_that_falls_back_still_stores_the_index_the_plan_counted():
 
 def test_whole_rows_need_no_index():
     settings = GPTQ(group_size=-1, act_order="group")
-    assert settings.spec(SimpleNamespace(in_features=64)) == {"bits": 4, "group_size": -1, "symmetric": True}
+    assert settings.format_params(SimpleNamespace(in_features=64)) == {"bits": 4, "group_size": -1, "symmetric": True}
 
 
 def recipe(export=None, **step):
@@ -116,7 +116,7 @@ def test_an_interrupted_and_resumed_run_makes_an_artifact_that_loads_without_thi
     units = []
 
     def interrupt(event):
-        units.extend([event] if event["event"] == "unit" else [])
+        units.extend([event] if event["event"] == "part" else [])
         if len(units) == 3:
             raise KeyboardInterrupt
 

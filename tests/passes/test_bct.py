@@ -126,10 +126,10 @@ def test_stored_bytes_are_those_of_the_formula_and_the_weight_comes_back(shape, 
     codes, stored, rounded = quantize_blocks(matrix, bits, (16, 32), scale)
     layer = BlockLinear.pack(codes, stored, bits=bits, block=(16, 32))
     tensors = layer.tensors()
-    assert sum(t.nbytes for t in tensors.values()) == stored_bytes(shape, layer.spec())
-    again = BlockLinear.from_tensors(layer.spec(), tensors)
-    assert again.matrix(torch.float32).equal(rounded) and again.spec() == layer.spec()
-    planned = BlockLinear.planned(shape, layer.spec(), torch.float32)
+    assert sum(t.nbytes for t in tensors.values()) == stored_bytes(shape, layer.format_params())
+    again = BlockLinear.from_tensors(layer.format_params(), tensors)
+    assert again.matrix(torch.float32).equal(rounded) and again.format_params() == layer.format_params()
+    planned = BlockLinear.planned(shape, layer.format_params(), torch.float32)
     assert planned == {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     x = seeded(2, shape[1], seed=5)
     assert again(x).equal(torch.nn.functional.linear(x, rounded))
@@ -145,16 +145,16 @@ def test_biases_in_blocks_are_within_half_a_step_and_add_what_the_layer_adds():
     found, step = layer.vector(torch.float32), power_of_two(of_bias[1][0], torch.float32).repeat_interleave(64)[:130]
     assert bool(((found - bias).abs() <= step / 2).all()) and layer.bias is None
     assert layer(torch.zeros(2, 32)).equal(found.expand(2, 130))
-    again = BlockLinear.from_tensors(layer.spec(), layer.tensors())
+    again = BlockLinear.from_tensors(layer.format_params(), layer.tensors())
     assert again(seeded(3, 32, seed=2)).equal(layer(seeded(3, 32, seed=2)))
-    assert sum(t.nbytes for t in layer.tensors().values()) == stored_bytes((130, 32), layer.spec()) + 130 + 3
+    assert sum(t.nbytes for t in layer.tensors().values()) == stored_bytes((130, 32), layer.format_params()) + 130 + 3
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name():
     layer = BlockLinear.pack(*quantize_blocks(seeded(8, 8), 8, (8, 8))[:2], bits=8, block=(8, 8))
     tensors = {**layer.tensors(), "weight_exponent": torch.zeros(2, 1, dtype=torch.int8)}
     with raises(ShapeError, tensor="weight_exponent", shape=[2, 1], expected=[1, 1]):
-        BlockLinear.from_tensors(layer.spec(), tensors)
+        BlockLinear.from_tensors(layer.format_params(), tensors)
 
 
 def test_integer_products_with_shifts_are_what_the_layer_computes():
@@ -182,12 +182,12 @@ def test_static_exponents_saturate_and_leave_small_values_alone():
 
 
 def test_values_beyond_a_static_exponent_are_counted():
-    spec = {"bits": 8, "block": [1, 2], "scale": "shift", "activations": "static"}
-    layer = BlockActivationLinear.empty((1, 3), spec, torch.float32, False)
+    format_params = {"bits": 8, "block": [1, 2], "scale": "shift", "activations": "static"}
+    layer = BlockActivationLinear.empty((1, 3), format_params, torch.float32, False)
     layer.input_exponent = torch.tensor([-6, -3], dtype=torch.int8)
     x = torch.tensor([[[127 / 64, -2.0, 5.0], [3.0, float("inf"), -16.0]]])
     assert int(layer.outside(x)) == int(layer.outside(x.bfloat16())) == 4
-    dynamic = BlockActivationLinear.empty((1, 3), {**spec, "activations": "dynamic"}, torch.float32, False)
+    dynamic = BlockActivationLinear.empty((1, 3), {**format_params, "activations": "dynamic"}, torch.float32, False)
     assert dynamic.outside(x) is None and BlockLinear.outside(dynamic, x) is None
 
 
@@ -303,7 +303,7 @@ def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(dtyp
     model = tiny.save("bert", tmp_path / "model", dtype=dtype)
     settings = {"only": ["*", "@embedding", "@head!"], "activations": "static", "embedding_bits": 4, "biases": True}
     plan = make_plan(recipe(**settings), str(model))
-    planned = planned_tensors(plan.structure, plan.functions, plan.forms, plan.untied)
+    planned = planned_tensors(plan.structure, plan.functions, plan.formats, plan.untied)
     report = compress(recipe(**settings), str(model), tmp_path / "out", measure=False)
     assert sum(report["sizes"]["by_class"].values()) == sum(tensor.nbytes for tensor in planned)
     stored = {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
@@ -311,8 +311,8 @@ def test_everything_of_an_encoder_in_blocks_loads_where_this_package_is_not(dtyp
         name.removesuffix("_packed") in stored for name in stored if name.endswith(".bias_packed")
     )
     assert report["verification"]["max_logit_difference"] == 0.0
-    forms = {weight["form"] for weight in report["weights"]}
-    assert forms == {"block_activation_linear", "block_embedding"}
+    formats = {weight["form"] for weight in report["weights"]}
+    assert formats == {"block_activation_linear", "block_embedding"}
     stranger(STRANGER, tmp_path / "out", tmp_path / "logits.pt")
     ours = compressor.load(tmp_path / "out", kernels="reference")
     assert torch.load(tmp_path / "logits.pt").equal(ours(input_ids=torch.arange(8).view(1, 8)).logits)

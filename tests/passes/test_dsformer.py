@@ -66,7 +66,7 @@ def test_families_are_planned_with_the_modeling_file(family, step, tmp_path):
 def test_what_cannot_be_factorized_is_refused_by_name(tmp_path):
     (problem,) = plan_of("mixtral", tmp_path, {"pass": "dsformer"}).problems
     assert ".experts." in problem.where
-    assert problem.data == {"reason": "expert-form", "form": "sparse_factor_linear"}
+    assert problem.data == {"reason": "expert-format", "format_name": "sparse_factor_linear"}
     (problem,) = plan_of("llama", tmp_path, {"pass": "dsformer", "only": ["q_proj", "@embedding"]}).problems
     assert (problem.data["reason"], problem.data["weight"]) == ("other-kind", "model.embed_tokens")
     problems = plan_of("llama", tmp_path, {"pass": "dsformer", "only": ["down_proj"], "block_size": 24}).problems
@@ -93,9 +93,9 @@ def test_what_would_grow_is_planned_dense_and_free_for_another_step(tmp_path):
     rank = {"pass": "low_rank", "rank": 12, "only": ["*_proj"]}  # k and v, 16 x 32, break even below 11
     plan = plan_of("llama", tmp_path, rank, {"pass": "rtn", "bits": 8, "group_size": -1, "only": ["{k,v}_proj"]})
     assert not plan.problems
-    forms = {(row.name.rpartition(".")[2], row.pass_name): row.format_after for row in plan.rows}
-    assert forms["q_proj", "low_rank"] == "low_rank_linear" and forms["k_proj", "low_rank"] == "dense"
-    assert forms["k_proj", "rtn"] == "packed_linear"
+    formats = {(row.name.rpartition(".")[2], row.pass_name): row.format_after for row in plan.rows}
+    assert formats["q_proj", "low_rank"] == "low_rank_linear" and formats["k_proj", "low_rank"] == "dense"
+    assert formats["k_proj", "rtn"] == "packed_linear"
     grown = plan_of("llama", tmp_path, {"pass": "dsformer", "atoms": 32, "k": 32})
     assert {row.format_after for row in grown.rows} == {"dense"} and grown.export_format.name == "dense"
 
@@ -153,7 +153,7 @@ def test_layers_of_the_artifact_are_what_was_stored(mixed):
     for row in report["weights"]:
         if row["form"] != "dense":
             layer = loaded.get_submodule(row["name"])
-            assert layer.form == row["form"] and layer.spec() == row["spec"]
+            assert layer.format_name == row["form"] and layer.format_params() == row["spec"]
             assert [layer.out_features, layer.in_features] == row["shape"] and layer.bias is not None
 
 

@@ -99,13 +99,13 @@ def test_outliers_are_counted_and_the_largest_are_kept():
 def test_dynamic_outliers_take_bitsandbytes_and_calibrated_ones_the_modeling_file(family, tmp_path):
     plan = plan_of(family, tmp_path)
     assert plan.export_format.name == "bitsandbytes" and not plan.problems
-    forms = list(plan.forms.values())
+    formats = list(plan.formats.values())
     config = artifact_config(
-        plan.structure.checkpoint.config, plan.export_format, forms, plan.structure.model, "", False
+        plan.structure.checkpoint.config, plan.export_format, formats, plan.structure.model, "", False
     )
     settings = config["quantization_config"]
     assert settings["llm_int8_threshold"] == 6.0 and isinstance(settings["llm_int8_threshold"], float)
-    stored = {export.module_of(form) for form in forms}
+    stored = {export.module_of(format_name) for format_name in formats}
     linears = {name for name, module in plan.structure.model.named_modules() if isinstance(module, nn.Linear)}
     assert linears - stored <= set(settings["llm_int8_skip_modules"])
     kept = make_plan(recipe({"outliers": "calibrated"}), str(tmp_path / "m"), prove=False)
@@ -124,7 +124,7 @@ def test_what_one_checkpoint_of_bitsandbytes_cannot_hold_takes_the_modeling_file
 
 def test_experts_are_refused_by_name_and_attention_beside_them_is_for_bitsandbytes(tmp_path):
     (problem,) = plan_of("mixtral", tmp_path).problems
-    assert "block_sparse_moe.experts" in problem.where and problem.data["reason"] == "expert-form"
+    assert "block_sparse_moe.experts" in problem.where and problem.data["reason"] == "expert-format"
     plan = make_plan(recipe({"only": ["@attention"]}), str(tmp_path / "m"), prove=False)
     assert plan.export_format.name == "bitsandbytes" and not plan.problems
 
@@ -329,10 +329,10 @@ def test_verification_elsewhere_names_the_missing_package(stock, tmp_path, monke
 
 def test_a_tied_head_is_left_alone_unless_named(tmp_path):
     plan = plan_of("qwen3", tmp_path)
-    assert not plan.untied and all(form.weight.role != "head" for form in plan.forms.values())
+    assert not plan.untied and all(stored.weight.role != "head" for stored in plan.formats.values())
     named = make_plan(recipe({"only": ["*", "@head"]}), str(tmp_path / "m"), prove=False)
     assert named.untied and named.export_format.name == "bitsandbytes"
-    config = export.bitsandbytes_config(export.described_by(list(named.forms.values())), named.structure.model)
+    config = export.bitsandbytes_config(export.described_by(list(named.formats.values())), named.structure.model)
     assert config["llm_int8_skip_modules"] == []
 
 
@@ -422,8 +422,8 @@ def test_gptq_on_the_mlp_and_int8_attention_share_a_sweep(tmp_path):
     report = compress(read_recipe("gptq-llm-int8", few), str(demo_path()), tmp_path / "out")
     assert report["status"] == "ok" and report["route"]["name"] == "custom"
     assert report["verification"]["max_logit_difference"] == 0.0
-    forms = {(row["role"], row["pass"], row["form"]) for row in report["weights"]}
-    assert forms == {("attention", "llm_int8", "int8_split_linear"), ("mlp", "gptq", "packed_linear")}
+    formats = {(row["role"], row["pass"], row["form"]) for row in report["weights"]}
+    assert formats == {("attention", "llm_int8", "int8_split_linear"), ("mlp", "gptq", "packed_linear")}
     block = compressor.load(tmp_path / "out", kernels="reference").model.layers[0]
     assert type(block.self_attn.q_proj) is Int8SplitLinear and type(block.mlp.up_proj) is PackedLinear
 

@@ -36,9 +36,9 @@ def gated(model, path, keep, *, sink=1, revive=True, min_prompt=4):
     """A copy of a model with gates: `keep` maps blocks to shares."""
     depth, modules = len(model.get_submodule(path)), {}
     for number in range(depth):
-        spec = {"number": number, "begin": min(keep), "last": number == depth - 1, "keep": keep.get(number)}
-        spec |= {"sink": sink, "min_prompt": min_prompt, "revive": revive}
-        modules[f"{path}.{number}"] = {"form": "lazy_block", "spec": spec, "shape": []}
+        format_params = {"number": number, "begin": min(keep), "last": number == depth - 1, "keep": keep.get(number)}
+        format_params |= {"sink": sink, "min_prompt": min_prompt, "revive": revive}
+        modules[f"{path}.{number}"] = {"form": "lazy_block", "spec": format_params, "shape": []}
     config = type(model.config)(**{**model.config.to_dict(), "compressed_modules": modules})
     made = reshaped_class(type(model))(config).to(next(model.parameters()).dtype)
     made.load_state_dict(model.state_dict())

@@ -13,7 +13,7 @@ import torch
 from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.residual_stream import find_residual
 from compressor.methods.rotation.rotation import orthogonality_error, random_orthogonal, randomized_hadamard, rotate
-from compressor.methods.rotation.sliced_shapes import per_site_parameters, stream_shape
+from compressor.methods.rotation.sliced_shapes import per_sublayer_parameters, stream_shape
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.probe_model import example_batch
 from compressor.model.structure import find_blocks
@@ -86,7 +86,7 @@ def test_the_signal_carried_is_that_of_the_sliced_model(family, width, probe):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sliced_model_is_the_whole_one_with_its_stream_projected_at_each_site(family, probe):
+def test_a_sliced_model_is_the_whole_one_with_its_stream_projected_at_each_sublayer(family, probe):
     pieces, residual, batch, _ = probe(family)
     whole = Pieces(copy.deepcopy(pieces.model), pieces.blocks_path)
     widths = uneven_widths(residual)
@@ -156,7 +156,7 @@ def test_the_sliced_model_has_as_many_parameters_as_predicted(family, probe):
     before = read(family)[0]  # with its norms, and without the biases that folding makes
     shapes = {name: tuple(p.shape) for name, p in before.named_parameters()}
     widths = uneven_widths(residual)
-    predicted = per_site_parameters(stream_shape(residual, shapes), widths)
+    predicted = per_sublayer_parameters(stream_shape(residual, shapes), widths)
     sliced = reference.slice_model(pieces, residual, batch, widths)
     norms = {norm.module for norm in residual.norms()}
     stored = sum(p.numel() for n, p in pieces.model.named_parameters() if n.rpartition(".")[0] not in norms)

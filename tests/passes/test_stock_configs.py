@@ -60,7 +60,7 @@ def test_every_number_of_heads_that_vtrans_may_keep_makes_a_stock_model(case, si
     widths = [None] if "hidden" not in sites else [size.width, size.narrowest]
     for count in heads:
         for width in widths:
-            kept = {site.name: list(range(count)) for site in prunable if site.kind == "heads"}
+            kept = {prunable.name: list(range(count)) for prunable in prunable if prunable.kind == "heads"}
             decision = {"sites": kept, "hidden": None if width is None else list(range(width)), "removed": []}
             redefinition = settings.redefine(facts, decision)  # raises what a stock class refuses
             assert "compressed_shapes" not in redefinition.config
@@ -84,18 +84,18 @@ def test_greedy_removal_ends_with_a_stock_model_whatever_the_losses_are(family, 
         return
     (reshape,) = plan.reshapes
     settings, facts = reshape.step.settings, reshape.facts
-    sites = facts.prunable()
+    prunables = facts.prunable()
     search = Search(
         settings,
         Losses(0.0, 0.0),
         lambda _gone: Losses(0.0, 0.0),
         lambda _gone: False,
-        sites,
-        fits=lambda gone: settings._why_not_stock(facts, sites, gone) is None,
+        prunables,
+        fits=lambda removed: settings._why_not_stock(facts, prunables, removed) is None,
     )
-    search.walk(settings._candidates("blocks", sites))
-    removed = [name for name, units in search.gone.items() if units]
-    decision = {"sites": {s.name: [*range(s.units)] for s in sites if s.name not in removed}, "removed": removed}
+    search.walk(settings._candidates("blocks", prunables))
+    removed = [name for name, units in search.removed.items() if units]
+    decision = {"sites": {s.name: [*range(s.units)] for s in prunables if s.name not in removed}, "removed": removed}
     redefinition = settings.redefine(facts, {**decision, "hidden": None})
     after = check_redefinition(reshape.before, redefinition, "greedy_removal")
     assert removed and 1 <= after.block_count < 3
@@ -145,7 +145,7 @@ def test_a_config_that_transformers_refuses_is_a_problem_of_the_plan(tmp_path, m
 def test_blocks_that_cannot_have_several_widths_are_refused_before_widths_are_chosen(
     schedule, problems, tmp_path, monkeypatch
 ):
-    def one_width_inside(_structure, _residual, _specs, widths):
+    def one_width_inside(_structure, _residual, _all_params, widths):
         if any(first != second for first, second, _ in widths):
             raise ModelError("its branches write as many values as they read")
 

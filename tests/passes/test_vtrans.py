@@ -59,18 +59,19 @@ def facts():
     return get
 
 
-def drop(sites, seed=0):
-    """A decision with other units in each site."""
+def drop(prunables, seed=0):
+    """A decision with other units in each prunable."""
     generator = torch.Generator().manual_seed(seed)
     kept = {
-        s.name: sorted(torch.randperm(s.units, generator=generator)[: s.units - s.units // 3].tolist()) for s in sites
+        s.name: sorted(torch.randperm(s.units, generator=generator)[: s.units - s.units // 3].tolist())
+        for s in prunables
     }
     return {"sites": kept, "hidden": None, "removed": []}
 
 
-def left(facts, sites, decision):
+def left(facts, prunables, decision):
     """Parameters of the pruned model by the shapes that are planned for it, tied ones once."""
-    shapes = {**facts.shapes, **pruned_shapes(facts, sites, decision)}
+    shapes = {**facts.shapes, **pruned_shapes(facts, prunables, decision)}
     return sum(prod(shape) for name, shape in shapes.items() if shape is not None and name not in facts.tied)
 
 
@@ -80,38 +81,38 @@ def left(facts, sites, decision):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_the_size_is_that_of_the_tensors_that_are_left(family, facts, tmp_path):
     known = facts(family, tmp_path)
-    sites = known.prunable()
-    size = model_size(known, sites, measure="parameters", of="model", tokens=1)
+    prunables = known.prunable()
+    size = model_size(known, prunables, measure="parameters", of="model", tokens=1)
     for seed in range(3):
-        decision = drop(sites, seed)
+        decision = drop(prunables, seed)
         if seed == 2:
-            decision["sites"].pop(sites[2].name)
-            decision["removed"] = [sites[2].name]
-        counts = {site.name: len(decision["sites"].get(site.name, ())) for site in sites}
-        assert size.of(counts) == left(known, sites, decision)
-    blocks = model_size(known, sites, measure="parameters", of="blocks", tokens=1)
+            decision["sites"].pop(prunables[2].name)
+            decision["removed"] = [prunables[2].name]
+        counts = {prunable.name: len(decision["sites"].get(prunable.name, ())) for prunable in prunables}
+        assert size.of(counts) == left(known, prunables, decision)
+    blocks = model_size(known, prunables, measure="parameters", of="blocks", tokens=1)
     assert blocks.full == sum(prod(s) for name, s in known.shapes.items() if name.startswith(known.blocks))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_size_of_a_narrower_stream_is_that_of_the_tensors_that_are_left(family, facts, tmp_path):
     known = facts(family, tmp_path)
-    sites = known.prunable()
-    size = model_size(known, sites, measure="parameters", of="model", tokens=1, narrows=True)
-    decision = {**drop(sites), "hidden": list(range(3, 27))}
+    prunables = known.prunable()
+    size = model_size(known, prunables, measure="parameters", of="model", tokens=1, narrows=True)
+    decision = {**drop(prunables), "hidden": list(range(3, 27))}
     counts = {name: len(units) for name, units in decision["sites"].items()}
-    assert size.of(counts, 24) == left(known, sites, decision)
+    assert size.of(counts, 24) == left(known, prunables, decision)
 
 
 def test_multiplications_are_those_of_matrices_and_attention(facts, tmp_path):
     known = facts("llama", tmp_path)
-    sites = known.prunable()
-    size = model_size(known, sites, measure="flops", of="model", tokens=100)
+    prunables = known.prunable()
+    size = model_size(known, prunables, measure="flops", of="model", tokens=100)
     # a block: queries and output 32 x 32, keys and values 16 x 32, an MLP of 3 x 64 x 32, 4 heads of 8 over 100 keys
     block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 100 * 4 * 8
     assert size.full == 2 * block + 96 * 32
-    counts = {site.name: site.units for site in sites}
-    group = next(site.name for site in sites if site.kind == "heads")
+    counts = {prunable.name: prunable.units for prunable in prunables}
+    group = next(prunable.name for prunable in prunables if prunable.kind == "heads")
     assert size.full - size.of({**counts, group: 1}) == 2 * 16 * 32 + 2 * 8 * 32 + 2 * 100 * 2 * 8
 
 
@@ -198,16 +199,18 @@ def test_what_is_written_computes_what_the_masked_model_does(family, changes, tm
     report = compress(recipe({**FAST, "reconstruct": False, **changes}), str(model), tmp_path / "out", measure=False)
     decision = report["reshapes"][0]["decision"]
     structure = read_structure(model)
-    sites = facts_of(structure, 0).prunable()
+    prunables = facts_of(structure, 0).prunable()
     dense = type(structure.model).from_pretrained(model, dtype=torch.float64).eval()
     batch = {"input_ids": torch.arange(3, 35).view(2, 16)}
-    with torch.no_grad(), masked(dense, sites, decision):
-        for site in sites:  # means are folded into the readers, which see what is kept of their input
-            factors = dict(zip(decision["sites"].get(site.name, ()), decision["means"].get(site.name, ()), strict=True))
-            columns = torch.ones(sum(map(len, site.columns)), dtype=torch.float64)
+    with torch.no_grad(), masked(dense, prunables, decision):
+        for prunable in prunables:  # means are folded into the projections, which see what is kept of their input
+            factors = dict(
+                zip(decision["sites"].get(prunable.name, ()), decision["means"].get(prunable.name, ()), strict=True)
+            )
+            columns = torch.ones(sum(map(len, prunable.columns)), dtype=torch.float64)
             for unit, mean in factors.items():
-                columns[list(site.columns[unit])] = mean
-            dense.get_submodule(site.output_projection).register_forward_pre_hook(
+                columns[list(prunable.columns[unit])] = mean
+            dense.get_submodule(prunable.output_projection).register_forward_pre_hook(
                 lambda _m, args, c=columns: (args[0] * c,)
             )
         if decision["hidden"] is not None:
@@ -292,9 +295,9 @@ def test_greedy_removal_ends_at_its_target_and_keeps_what_is_protected(facts, tm
     step = {**GREEDY, "max_loss_increase": 9, "target": 0.2, "protect_layers": [0]}
     decision = chosen(recipe(step).steps[0].settings, known)[0]
     assert decision["removed"] and all(".1." in name for name in decision["removed"])
-    sites = known.prunable()
-    blocks = model_size(known, sites, measure="parameters", of="blocks", tokens=1)
-    left = {site.name: len(decision["sites"].get(site.name, ())) for site in sites}
+    prunables = known.prunable()
+    blocks = model_size(known, prunables, measure="parameters", of="blocks", tokens=1)
+    left = {prunable.name: len(decision["sites"].get(prunable.name, ())) for prunable in prunables}
     assert blocks.of(left) <= 0.8 * blocks.full
     with raises(PreflightError, where="greedy_removal.protect_layers", block=5, blocks=2):
         GreedyRemoval(protect_layers=(5,)).redefine(known, None)

@@ -61,7 +61,7 @@ class Pruned:
     model: Any
     before: Structure
     after: Structure
-    sites: tuple[PrunableModule, ...]
+    prunables: tuple[PrunableModule, ...]
     facts: Any
     redefinition: Any
     directory: Path
@@ -74,10 +74,14 @@ def opened(family: str, directory: Path, **config: Any) -> tuple[Structure, Any]
     return structure, facts_of(structure, 0)
 
 
-def middle(site: PrunableModule, less: int = 0) -> list[int]:
+def middle(prunable: PrunableModule, less: int = 0) -> list[int]:
     """Most units, without one in the middle and others, fewer where `less` is more."""
-    gone = {site.units // 2 - 1, *range(site.units - less - 1, site.units - 1)} if site.units > 2 else {less % 2}
-    return [unit for unit in range(site.units) if unit not in gone]
+    removed = (
+        {prunable.units // 2 - 1, *range(prunable.units - less - 1, prunable.units - 1)}
+        if prunable.units > 2
+        else {less % 2}
+    )
+    return [unit for unit in range(prunable.units) if unit not in removed]
 
 
 def carry_out(
@@ -90,8 +94,8 @@ def carry_out(
     **settings: Any,
 ) -> Pruned:
     """Plan and write it; with `batches` their signals are there while units are written."""
-    sites = facts.prunable()
-    redefinition = replace(pruned_redefinition(facts, sites, decision, export), follows=bool(batches))
+    prunables = facts.prunable()
+    redefinition = replace(pruned_redefinition(facts, prunables, decision, export), follows=bool(batches))
     planned = check_redefinition(structure, redefinition, "steps")
     dense = type(structure.model).from_pretrained(structure.checkpoint.directory, dtype=torch.float64).eval()
     step = Step(("steps", 0), "fixed", Fixed(decision=decision, **settings))
@@ -117,7 +121,7 @@ def carry_out(
     written = directory / "parts" / "s00"
     model, info = type(after.model).from_pretrained(written, dtype=torch.float64, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return Pruned(dense, model.eval(), structure, after, sites, facts, redefinition, written, warnings)
+    return Pruned(dense, model.eval(), structure, after, prunables, facts, redefinition, written, warnings)
 
 
 def batch_of(model: Any) -> dict[str, torch.Tensor]:
@@ -133,7 +137,7 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def masked_logits(pruned: Pruned, decision: dict[str, Any]) -> torch.Tensor:
     """The output of the dense model with inputs of output projections set to 0, and norms over the kept stream only."""
     with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(masked(pruned.dense, pruned.sites, decision))
+        stack.enter_context(masked(pruned.dense, pruned.prunables, decision))
         if decision.get("hidden") is not None:
             kept = torch.tensor(decision["hidden"])
             for norm in pruned.facts.residual.norms():

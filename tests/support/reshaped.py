@@ -36,9 +36,9 @@ class Written:
 
 
 def norms_of(residual: Residual, widths: list[int]) -> dict[str, Any]:
-    """An rms_norm for every norm on the stream; one width for each site, and one for the end."""
-    sites = [site for block in residual.blocks for site in block]
-    norms = [(norm, width) for site, width in zip(sites, widths) for norm in site.norms]
+    """An rms_norm for every norm on the stream; one width for each sublayer, and one for the end."""
+    sublayers = [sublayer for block in residual.blocks for sublayer in block]
+    norms = [(norm, width) for sublayer, width in zip(sublayers, widths) for norm in sublayer.norms]
     return {
         norm.module: {"form": "rms_norm", "spec": {"width": residual.width, "eps": norm.formula.eps}, "shape": [width]}
         for norm, width in [*norms, (residual.end, widths[-1])]
@@ -93,15 +93,15 @@ def sliced(
     project: bool = False,
     **config: Any,
 ) -> Written:
-    """Slice a tiny model at each site, to one width or (None) to another at each, and write its checkpoint.
+    """Slice a tiny model at each sublayer, to one width or (None) to another at each, and write its checkpoint.
 
     project  keep the embeddings whole, and rotate and slice their sum: a first sublayer of block 0 without branches
     """
     config |= {"n_layer": layers} if family == "gpt2" else {"num_hidden_layers": layers}
     model = untied(family, **config)
     pieces = Pieces(model, find_blocks(model))
-    residual, specs = taken_apart(family, **config)
-    specs_of = [specs[signature(model.config, block, index)] for index, block in enumerate(pieces.blocks)]
+    residual, all_params = taken_apart(family, **config)
+    params_of = [all_params[signature(model.config, block, index)] for index, block in enumerate(pieces.blocks)]
     batch = example_batch(model, torch.device("cpu"), samples=4)
     reference.fold(model, residual)
     count = sum(map(len, residual.blocks))
@@ -118,16 +118,16 @@ def sliced(
         for added in residual.embeddings:
             model.get_parameter(added.parameter).data = cut.whole.model.get_parameter(added.parameter).data
     modules, shortcuts, at = norms_of(residual, widths), {}, 0
-    for index, (spec, sites) in enumerate(zip(specs_of, residual.blocks)):
+    for index, (format_params, sublayers) in enumerate(zip(params_of, residual.blocks)):
         path = f"{pieces.blocks_path}.{index}"
-        shape, beside = widths[at : at + len(sites) + 1], cut.shortcuts[at : at + len(sites)]
+        shape, beside = widths[at : at + len(sublayers) + 1], cut.shortcuts[at : at + len(sublayers)]
         if project and index == 0:
             turning = {"norm": [], "branches": [], "shortcut": True}
-            spec = {**spec, "sites": [turning, *spec["sites"]]}
+            format_params = {**format_params, "sites": [turning, *format_params["sites"]]}
             shape, beside = [residual.width, *shape], [bases[0][:, : widths[0]], *beside]
-        modules[path] = {"form": "rotated_block", "spec": spec, "shape": shape}
+        modules[path] = {"form": "rotated_block", "spec": format_params, "shape": shape}
         shortcuts |= {f"{path}.shortcut_{number}": shortcut for number, shortcut in enumerate(beside)}
-        at += len(sites)
+        at += len(sublayers)
     write(directory, model, modules, dtype, shortcuts)
     return Written(directory, residual, batch, logits)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from compressor.methods.pruning.masked_forward import Places, Reader
+from compressor.methods.pruning.masked_forward import MaskedProjection, Places
 from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks
 
@@ -75,7 +75,7 @@ class Whole:
         self.warnings.append(code)
 
 
-# family -> (reader of the heads, columns of a unit; reader of the MLP), in a block of a model of tests/support/tiny.py
+# family -> (projection of the heads, columns of a unit; that of the MLP), in a block of a model of tests/support/tiny
 READERS = {
     "llama": ("self_attn.o_proj", 16, "mlp.down_proj"),  # two query heads of 8 to a key-value head
     "opt": ("self_attn.out_proj", 8, "fc2"),
@@ -96,7 +96,9 @@ def places(family, model, switches=False):
             name = module.rpartition(".")[0] if family != "opt" else module
             switch = f"{name}/whole" if switches else None
             found.append(
-                Reader(name, number + 1, module, torch.arange(features // each).repeat_interleave(each), switch)
+                MaskedProjection(
+                    name, number + 1, module, torch.arange(features // each).repeat_interleave(each), switch
+                )
             )
     return Places(tuple(found))
 
@@ -104,8 +106,8 @@ def places(family, model, switches=False):
 def masks(placed, rows, seed=0):
     """Random factors around 1 for every mask, as leaves."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = {reader.name: int(reader.columns.max()) + 1 for reader in placed.readers}
-    sizes |= {reader.switch: 1 for reader in placed.readers if reader.switch}
+    sizes = {projection.name: int(projection.columns.max()) + 1 for projection in placed.projections}
+    sizes |= {projection.switch: 1 for projection in placed.projections if projection.switch}
     return {name: (1 + 0.3 * torch.randn(rows, n, generator=generator)).requires_grad_() for name, n in sizes.items()}
 
 

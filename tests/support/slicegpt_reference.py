@@ -1,7 +1,7 @@
-"""SliceGPT as the paper says it, slow and plain: one site after another, in float64, on a model that fits in memory.
+"""SliceGPT as the paper says it, slow and plain: one sublayer after another, in float64, with the model in memory.
 
-Ashkboos et al. 2024, arXiv 2401.15024, algorithm 1. A site is where branches leave the stream and come back; the
-signal between sites is carried in the original basis, with all errors of the sites before.
+Ashkboos et al. 2024, arXiv 2401.15024, algorithm 1. A sublayer is where branches leave the stream and come back; the
+signal between sublayers is carried in the original basis, with all errors of the sublayers before.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def principal(x: Tensor) -> Tensor:
 
 
 def branches(block: nn.Module, call: Call) -> list[Callable[[Tensor], Tensor]]:
-    """What each site of a block adds, given the normed stream."""
+    """What each sublayer of a block adds, given the normed stream."""
     if hasattr(block, "attn"):  # GPT-2
         return [lambda h: block.attn(h)[0], block.mlp]  # without padding no mask is needed
     if hasattr(block, "layernorm_before"):  # ViT
@@ -75,11 +75,11 @@ def normed(x: Tensor, width: int, eps: float) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) / width + eps).sqrt()
 
 
-def all_sites(model: Pieces, residual: Residual, calls: Sequence[Call]) -> list[tuple[ResidualSublayer, Any]]:
+def all_sublayers(model: Pieces, residual: Residual, calls: Sequence[Call]) -> list[tuple[ResidualSublayer, Any]]:
     return [
-        (site, branch)
-        for block, call, sites in zip(model.blocks, calls, residual.blocks)
-        for site, branch in zip(sites, branches(block, call), strict=True)
+        (sublayer, branch)
+        for block, call, sublayers in zip(model.blocks, calls, residual.blocks)
+        for sublayer, branch in zip(sublayers, branches(block, call), strict=True)
     ]
 
 
@@ -109,21 +109,21 @@ def slice_model(
     model, width = pieces.model, residual.width
     with InDouble(), torch.no_grad():
         x, calls = pieces.embeddings(batch)
-        sites = all_sites(pieces, residual, calls)
+        sublayers = all_sublayers(pieces, residual, calls)
         q = basis(x)
         cut(model, residual.embeddings, q[:, : widths[0]])
-        for index, (site, branch) in enumerate(sites):
+        for index, (sublayer, branch) in enumerate(sublayers):
             kept = q[:, : widths[index]]  # (D, w)
-            for norm in site.norms:
+            for norm in sublayer.norms:
                 cut(model, norm.consumers, kept)
             x_sliced = x @ kept
             # back to the original basis for now: the next rotation depends on what comes out here
-            x = x_sliced @ kept.t() + branch(normed(x_sliced, width, site.norms[0].formula.eps))
-            last = index == len(sites) - 1
+            x = x_sliced @ kept.t() + branch(normed(x_sliced, width, sublayer.norms[0].formula.eps))
+            last = index == len(sublayers) - 1
             q = torch.eye(width, dtype=torch.float64) if last else basis(x)
             following = q[:, : widths[index + 1]]
             sliced.shortcuts.append(kept.t() @ following)
-            cut(model, site.writes, following)
+            cut(model, sublayer.writes, following)
     sliced.carried = x
     return sliced
 
@@ -133,8 +133,8 @@ def run(sliced: Sliced, batch: Batch) -> tuple[Tensor, Tensor]:
     width = sliced.residual.width
     with InDouble(), torch.no_grad():
         x, calls = sliced.pieces.embeddings(batch)
-        for (site, branch), shortcut in zip(all_sites(sliced.pieces, sliced.residual, calls), sliced.shortcuts):
-            x = x @ shortcut + branch(normed(x, width, site.norms[0].formula.eps))
+        for (sublayer, branch), shortcut in zip(all_sublayers(sliced.pieces, sliced.residual, calls), sliced.shortcuts):
+            x = x @ shortcut + branch(normed(x, width, sublayer.norms[0].formula.eps))
         end = sliced.residual.end
         last = {end.module: sliced.whole.model.get_submodule(end.module)}
         with answering(last, {end.module: lambda h: normed(h, width, end.formula.eps)}):
@@ -150,7 +150,7 @@ def run_projected(pieces: Pieces, residual: Residual, batch: Batch, bases: Seque
     """
     with InDouble(), torch.no_grad():
         x, calls = pieces.embeddings(batch)
-        for (site, branch), kept in zip(all_sites(pieces, residual, calls), bases, strict=True):
+        for (sublayer, branch), kept in zip(all_sublayers(pieces, residual, calls), bases, strict=True):
             x = x @ kept @ kept.t()
-            x = x + branch(normed(x, residual.width, site.norms[0].formula.eps))
+            x = x + branch(normed(x, residual.width, sublayer.norms[0].formula.eps))
         return pieces.model.get_output_embeddings()(normed(x, residual.width, residual.end.formula.eps))

@@ -27,27 +27,27 @@ class Shelf:
         self.layers[weight.name] = layer
 
 
-def nearest(form, matrix):
+def nearest(stored, matrix):
     """The layer that rtn makes of a weight."""
-    shelf, size = Shelf(), form.spec["group_size"]
+    shelf, size = Shelf(), stored.format_params["group_size"]
     grouped = matrix.view(len(matrix), -1, matrix.shape[1] if size == -1 else size)
-    grid = find_grid(grouped, form.spec["bits"], form.spec["symmetric"], "minmax", shelf.dtype)
-    store(shelf, form.weight, quantize(grouped, grid), grid, size, {})
-    return shelf.layers[form.weight.name]
+    grid = find_grid(grouped, stored.format_params["bits"], stored.format_params["symmetric"], "minmax", shelf.dtype)
+    store(shelf, stored.weight, quantize(grouped, grid), grid, size, {})
+    return shelf.layers[stored.weight.name]
 
 
 def store_as_planned(plan, artifact, make=nearest):
     """What a run leaves for a loader, weights and config.json, without the run; returns the layers by module."""
-    structure, forms, layers = plan.structure, list(plan.forms.values()), {}
+    structure, formats, layers = plan.structure, list(plan.formats.values()), {}
     shutil.copytree(structure.checkpoint.directory, artifact)
     tensors = load_file(artifact / "model.safetensors")
-    for form in forms:
-        layer = layers[module_of(form)] = make(form, tensors.pop(form.weight.tensor).float())
-        assert (layer.form, layer.spec()) == (form.form, form.spec)
-        tensors |= {f"{form.weight.name}.{suffix}": value for suffix, value in layer.tensors().items()}
+    for stored in formats:
+        layer = layers[module_of(stored)] = make(stored, tensors.pop(stored.weight.tensor).float())
+        assert (layer.format_name, layer.format_params()) == (stored.format_name, stored.format_params)
+        tensors |= {f"{stored.weight.name}.{suffix}": value for suffix, value in layer.tensors().items()}
     save_file(tensors, artifact / "model.safetensors", {"format": "pt"})
     source = structure.checkpoint.config
-    config = artifact_config(source, plan.export_format, forms, structure.model, "bfloat16", plan.untied)
+    config = artifact_config(source, plan.export_format, formats, structure.model, "bfloat16", plan.untied)
     (artifact / "config.json").write_text(json.dumps(config))
     return layers
 

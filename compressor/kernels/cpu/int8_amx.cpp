@@ -78,7 +78,7 @@ template <bool CODES, int DIGITS> struct Tiles {
   float* const out;      // (blocks * ROWS, 64)
 
   // Codes of some chunks: of chunk i and outputs 16 c on at + i * chunk + c * column, rows of 64 bytes `stride` apart. Of 8 bits they are read
-  // where they are, but for groups of broken chunks; there a group more is not `chunks` chunks further, but `group`.
+  // where they are, except for groups of broken chunks; there a group more is not `chunks` chunks further, but `group`.
   struct Codes {
     const uint8_t* at;
     int64_t chunk, group, column, stride;

@@ -1,5 +1,5 @@
 // Products of rows of int8 with a packed weight of any width, summed exactly. Three ops bring rows: dynamic_int8.cpp rounds
-// them, int8_outlier.cpp too, but for some columns, and weight_only.cpp writes each input with three or four digits.
+// them, int8_outlier.cpp too, except for some columns, and weight_only.cpp writes each input with three or four digits.
 #pragma once
 #include "common.h"
 
@@ -13,7 +13,7 @@ struct Int8Rows {
   int64_t digits;            // 1, 3 or 4
   int64_t first;             // the row of outputs that the first of them makes
 };
-// A weight that the rows are multiplied by, and where its outputs go. All weights of a call are of one shape but for their
+// A weight that the rows are multiplied by, and where its outputs go. All weights of a call are of one shape except for their
 // outputs, and of one width and group, so that the rows serve all of them.
 struct Part {
   Packed w;

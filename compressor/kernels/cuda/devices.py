@@ -54,11 +54,11 @@ def tried(kernels: Kernels, device: torch.device) -> Kernels:
     """The kernels, if they pass their self-test. raises KernelError"""
     with current(device):
         outcome = self_test(kernels, device, stream_of(device))
-    wrong = {name: said for name, said in outcome.items() if said != "ok"}
+    wrong = {name: message for name, message in outcome.items() if message != "ok"}
     if wrong:
-        said = "; ".join(f"{name}: {text}" for name, text in wrong.items())
+        message = "; ".join(f"{name}: {text}" for name, text in wrong.items())
         raise KernelError(
-            f"{kernels.name} fails its self-test on {device}: {said}",
+            f"{kernels.name} fails its self-test on {device}: {message}",
             hint="Load with kernels='reference', and report this message with that of compress-model doctor --verbose.",
             data={"reason": "self-test", "kernels": kernels.name, "device": str(device), "wrong": wrong},
         )

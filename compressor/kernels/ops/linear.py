@@ -92,8 +92,8 @@ def pack_weight(
     places = {str(tensor.device) for tensor in (codes, scale, zero_point, permutation) if tensor is not None}
     if len(places) > 1:
         hint = "Move all four to the device of the codes."
-        told = f"codes, scale, zero point and permutation on {sorted(places)}"
-        raise KernelError(told, hint=hint, data={"devices": sorted(places)})
+        message = f"codes, scale, zero point and permutation on {sorted(places)}"
+        raise KernelError(message, hint=hint, data={"devices": sorted(places)})
     expected = (out, groups_of(columns, group_size))
     if tuple(scale.shape) != expected or (zero_point is not None and tuple(zero_point.shape) != expected):
         zeros = "none" if zero_point is None else tuple(zero_point.shape)
@@ -201,8 +201,8 @@ def _check_call(name: str, x: Tensor, packed: Tensor, *more: Tensor | None) -> N
         raise RuntimeError(f"{name} has no gradient: call it under no_grad, or multiply by the dequantized weight")
     if not (x.is_cpu and packed.is_cpu):
         places = {"x": str(x.device), "weight": str(packed.device)}
-        told = f"{name}: x on {x.device}, weight on {packed.device}"
-        raise KernelError(told, hint=ON_CPU, data={"op": name, "devices": places})
+        message = f"{name}: x on {x.device}, weight on {packed.device}"
+        raise KernelError(message, hint=ON_CPU, data={"op": name, "devices": places})
     if more and not all(tensor is None or tensor.is_cpu for tensor in more):
         elsewhere = sorted({str(tensor.device) for tensor in more if tensor is not None})
         raise KernelError(

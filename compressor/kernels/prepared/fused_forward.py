@@ -206,11 +206,11 @@ class FusedAttention(FusedForward):
 
     dtype        of its proof
     cache        the name of the argument for the cache
-    tells_cache  whether the cache is told the other arguments
+    passes_kwargs  whether the cache is told the other arguments
     """
 
     words = "rotate_halves"
-    cache, tells_cache = "cache", False
+    cache, passes_kwargs = "cache", False
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__(module)
@@ -245,7 +245,7 @@ class FusedAttention(FusedForward):
             named = {"position_embeddings": (cos, sin), "attention_mask": seen, self.cache: theirs}
             try:
                 expected, _ = self.original(hidden_states=x, **named, **more)
-                self.tells_cache = "kwargs" in theirs.named
+                self.passes_kwargs = "kwargs" in theirs.named
                 found, _ = self._forward(attend, x, cos, sin, seen, ours, more)
             except UNLIKE:
                 return False
@@ -277,8 +277,8 @@ class FusedAttention(FusedForward):
             q, k = module.q_norm(q), module.k_norm(k)
         q, k, v = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v.transpose(1, 2)
         if cache is not None:
-            told = {"kwargs": rest} if self.tells_cache else {}
-            k, v = cache.update(k, v, module.layer_idx, **told)
+            reported = {"kwargs": rest} if self.passes_kwargs else {}
+            k, v = cache.update(k, v, module.layer_idx, **reported)
         y, weights = attend(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **rest)
         return module.o_proj(y.reshape(*lead, -1).contiguous()), weights
 

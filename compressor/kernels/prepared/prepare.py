@@ -60,15 +60,15 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
     for name, module in list(model.named_modules()):
         stored = module.stored() if isinstance(module, PreparedLinear) else adopt(module)
         if stored is not None:
-            form = stored.form
-            replaced = "forward" in vars(module) and form != UNPACKING
+            format_name = stored.format_name
+            replaced = "forward" in vars(module) and format_name != UNPACKING
             weight = "its forward was replaced" if replaced else stored.read(stored.tensors)
             choice = choose(weight, activations, inputs)
         elif isinstance(module, PreparedLookupTable):
-            form, choice = module.form, module.choice
+            format_name, choice = module.format_name, module.choice
         elif reads_lookup_table(module):
-            form = str(module.form)
-            choice = choose_lookup_table(module.table, OPS[form])  # type: ignore[arg-type]
+            format_name = str(module.format_name)
+            choice = choose_lookup_table(module.table, OPS[format_name])  # type: ignore[arg-type]
         else:
             continue
         choices[name] = choice
@@ -83,7 +83,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         if isinstance(module, (PreparedLinear, PreparedLookupTable)) and module.choice == choice:
             continue
         if choice.op is None:
-            module.kernel_choice = (form, choice)  # type: ignore[assignment]
+            module.kernel_choice = (format_name, choice)  # type: ignore[assignment]
             continue
         made: nn.Module
         if stored is None:
@@ -91,7 +91,7 @@ def prepare(model: nn.Module, *, activations: str | None = None, strict: bool = 
         else:
             assert not isinstance(weight, str)
             made = prepared_linear(stored, weight, choice)
-        if form != UNPACKING:
+        if format_name != UNPACKING:
             _keep_hooks(module, made)
         _put(model, name, made)
     if any(isinstance(module, PreparedLinear) for module in model.modules()):
@@ -164,7 +164,7 @@ def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
     """Name, format, choice and module of each layer with a choice of `prepare`."""
     for name, module in model.named_modules():
         if isinstance(module, (PreparedLinear, PreparedDense, PreparedLookupTable)):
-            yield name, module.form, module.choice, module
+            yield name, module.format_name, module.choice, module
         elif isinstance(found := getattr(module, "kernel_choice", None), tuple):
             yield name, *found, module
 
@@ -172,7 +172,7 @@ def _chosen(model: nn.Module) -> Iterator[tuple[str, str, Choice, nn.Module]]:
 def explain(model: nn.Module) -> str:
     """One line for each prepared layer with its kernel, and below it the unused kernels with the reasons."""
     lines = []
-    for name, form, choice, module in _chosen(model):
+    for name, format_name, choice, module in _chosen(model):
         if isinstance(module, PreparedLinear):
             bits = sum(8 * read.numel() * read.element_size() for read in module.read_tensors() if read is not None)
             size = f"{bits / (module.out_features * module.in_features):.2f} bits a weight"
@@ -185,7 +185,7 @@ def explain(model: nn.Module) -> str:
         elif isinstance(module, PreparedLookupTable):
             lines.append(f"{name}   {module.words}   {choice.kernel}   {choice.op}")
         else:
-            lines.append(f"{name}   {form}   {choice.kernel}")
+            lines.append(f"{name}   {format_name}   {choice.kernel}")
         lines.append(f"  not used: {' | '.join(choice.skipped)}")
     for name, module in model.named_modules():
         if (fused := fused_forward(module)) is not None:
@@ -194,7 +194,7 @@ def explain(model: nn.Module) -> str:
 
 
 class KernelRow(TypedDict):
-    """op: a stored form; chosen: what multiplies it; why: the reason for that."""
+    """op: a quantization format; chosen: what multiplies it; why: the reason for that."""
 
     op: str
     chosen: str
@@ -206,13 +206,13 @@ def chosen_kernels(model: nn.Module) -> list[KernelRow]:
     `why`.
     """
     layers: dict[tuple[str, Choice], list[nn.Module]] = {}
-    for _, form, choice, module in _chosen(model):
-        layers.setdefault((form, choice), []).append(module)
+    for _, format_name, choice, module in _chosen(model):
+        layers.setdefault((format_name, choice), []).append(module)
     rows: list[KernelRow] = []
-    for (form, choice), modules in layers.items():
+    for (format_name, choice), modules in layers.items():
         shared = [module.shared[0] for module in modules if isinstance(module, PreparedInteger) and module.shared]
         calls = len(modules) - len(shared) + len({id(one) for one in shared})
         chosen = choice.kernel if choice.op is None else f"{choice.kernel}: {choice.op}"
         why = f"{len(modules)} layers in {calls} calls; not used: {' | '.join(choice.skipped)}"
-        rows.append({"op": form, "chosen": chosen, "why": why})
+        rows.append({"op": format_name, "chosen": chosen, "why": why})
     return rows

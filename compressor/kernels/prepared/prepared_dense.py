@@ -23,7 +23,7 @@ class PreparedDense(nn.Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.train(layer.training)
-        self.choice, self.form = choice, "dense"
+        self.choice, self.format_name = choice, "dense"
         self.words = f"dense {str(layer.weight.dtype).removeprefix('torch.')}"
 
     def _is_ours(self, x: Tensor) -> bool:

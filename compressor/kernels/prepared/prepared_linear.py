@@ -61,7 +61,7 @@ class PreparedLinear(nn.Module):
         super().__init__()
         assert choice.op is not None
         self.choice, self.read, self.names = choice, stored.read, tuple(stored.tensors)
-        self.form, self.name = stored.form, choice.op
+        self.format_name, self.name = stored.format_name, choice.op
         for name, tensor in stored.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = stored.bias
@@ -89,7 +89,7 @@ class PreparedLinear(nn.Module):
     def stored(self) -> StoredWeight:
         """The stored weight from which it was made."""
         tensors = {name: getattr(self, name) for name in self.names}
-        return StoredWeight(self.form, tensors, self.bias, self.read)
+        return StoredWeight(self.format_name, tensors, self.bias, self.read)
 
     def _apply(self, *arguments: Any, **named: Any) -> Self:
         """Handle `to` and similar calls, which may move the packed weight."""

@@ -23,7 +23,7 @@ STANDS_FOR = ("activation", "norm", "attention")  # the kinds of modules that su
 
 def reads_lookup_table(module: nn.Module) -> bool:
     """Whether a module is a layer of this package, or of its modeling file, that reads a table and is not prepared."""
-    return getattr(module, "form", None) in FUNCTIONS and getattr(module, "stands_for", None) in STANDS_FOR
+    return getattr(module, "format_name", None) in FUNCTIONS and getattr(module, "stands_for", None) in STANDS_FOR
 
 
 class PreparedLookupTable(nn.Module):
@@ -38,24 +38,24 @@ class PreparedLookupTable(nn.Module):
     def __init__(self, layer: Any, choice: Choice) -> None:
         """layer: one that `reads_lookup_table`"""
         super().__init__()
-        self.form, self.spec, self.choice = layer.form, layer.spec(), choice
+        self.format_name, self.format_params, self.choice = layer.format_name, layer.format_params(), choice
         for name, tensor in {"weight": None, **layer.tensors()}.items():
             self.register_buffer(name, tensor)
         self.bias = getattr(layer, "bias", None)
-        self.words = f"{len(self.table)} entries, {self.spec['lookup']}"
+        self.words = f"{len(self.table)} entries, {self.format_params['lookup']}"
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            y = FUNCTIONS[self.form](self, x.detach())
-        return without_gradient(x, y, self.form)
+            y = FUNCTIONS[self.format_name](self, x.detach())
+        return without_gradient(x, y, self.format_name)
 
     def round(self, x: Tensor) -> Tensor:
         """For attention: quantize an intermediate result to 8 bits in blocks, if the layer is stored so."""
-        block = self.spec["block"]
+        block = self.format_params["block"]
         return x if block is None else round_to_shift(x, block)
 
     def extra_repr(self) -> str:
-        return f"{self.form}, {self.words}, {self.choice.kernel}"
+        return f"{self.format_name}, {self.words}, {self.choice.kernel}"
 
 
 def _read(
@@ -75,21 +75,28 @@ def _root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
 
 
 def _activation(layer: PreparedLookupTable, x: Tensor) -> Tensor:
-    spec = layer.spec
-    return _read(x, layer.table, spec["low"], spec["step"], spec["lookup"] == "linear", tuple(spec["slopes"]))
+    format_params = layer.format_params
+    return _read(
+        x,
+        layer.table,
+        format_params["low"],
+        format_params["step"],
+        format_params["lookup"] == "linear",
+        tuple(format_params["slopes"]),
+    )
 
 
 def _norm(layer: PreparedLookupTable, x: Tensor) -> Tensor:
-    spec = layer.spec
+    params = layer.format_params
     return normalize(
-        x, layer.weight, layer.bias, layer.table, spec["kind"] == "layer", spec["offset"], spec["eps"], spec["step"],
-        spec["lookup"] == "linear", _root,
+        x, layer.weight, layer.bias, layer.table, params["kind"] == "layer", params["offset"], params["eps"],
+        params["step"], params["lookup"] == "linear", _root,
     )  # fmt: skip
 
 
 def _attention(layer: PreparedLookupTable, scores: Tensor) -> Tensor:
-    spec = layer.spec
-    return layer.round(softmax(scores, layer.table, spec["step"], spec["lookup"] == "linear", _read))
+    format_params = layer.format_params
+    return layer.round(softmax(scores, layer.table, format_params["step"], format_params["lookup"] == "linear", _read))
 
 
 OPS = {"table_activation": "table_lookup", "table_norm": "table_inverse_root", "block_attention": "table_lookup"}

@@ -67,8 +67,8 @@ def tried_library() -> Library | str:
     found = library()
     if isinstance(found, str):
         return found
-    failed = {name: said for name, said in self_test([found.level]).items() if said != "ok"}
-    wrong = [f"{name}: {said}" for name, said in failed.items()]
+    failed = {name: message for name, message in self_test([found.level]).items() if message != "ok"}
+    wrong = [f"{name}: {message}" for name, message in failed.items()]
     if wrong:
         raise KernelError(
             f"the CPU library fails its self-test: {'; '.join(wrong)}",

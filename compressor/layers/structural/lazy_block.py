@@ -67,7 +67,7 @@ class LazyTokens:
 class LazyBlock(Layer):
     """The model's own block with a gate. Its class is also a subclass of the block's.
 
-    spec  number       of the block
+    format_params  number       of the block
           begin        number of the block with the first gate; earlier blocks are unchanged
           last         whether it is the model's last block
           keep         share of the tokens that are kept after it; null if it has no gate
@@ -76,7 +76,7 @@ class LazyBlock(Layer):
           revive       whether dropped tokens can be brought back
     """
 
-    form = "lazy_block"
+    format_name = "lazy_block"
     stands_for = "block"
     weight_only = False
     helpers = ("compressor.layers.structural.observed_attention",)
@@ -96,21 +96,23 @@ class LazyBlock(Layer):
         register_watching()
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         made = cls()
-        made._set_up(spec)
+        made._set_up(format_params)
         return made
 
     @staticmethod
-    def wrap(block: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
+    def wrap(block: nn.Module, shape: tuple[int, ...], format_params: dict[str, Any]) -> None:
         """Turn a model's block into a lazy block, in place.
 
         raises  ModelError for a block that already is one, is not a decoder's, or whose attention can't be identified
         """
-        where = f"block {spec['number']} ({type(block).__name__})"
+        where = f"block {format_params['number']} ({type(block).__name__})"
         if isinstance(block, Layer):
             raise ModelError(
-                f"is a {block.form} already", where=where, data={"reason": "already-replaced", "form": block.form}
+                f"is a {block.format_name} already",
+                where=where,
+                data={"reason": "already-replaced", "format_name": block.format_name},
             )
         names = tuple(inspect.signature(block.forward).parameters)
         found = {n: m for n, m in block.named_modules() if n and hasattr(m, "layer_idx") and hasattr(m, "config")}
@@ -134,12 +136,12 @@ class LazyBlock(Layer):
         block.__class__ = standing_for(LazyBlock, type(block))  # type: ignore[arg-type]
         assert isinstance(block, LazyBlock)
         block._names, block._attention = names, name
-        block._set_up(spec)
+        block._set_up(format_params)
 
-    def _set_up(self, spec: dict[str, Any]) -> None:
-        self.number, self.keep, self.sink = spec["number"], spec["keep"], spec["sink"]
-        self.begin, self.is_last = spec["begin"], spec["last"]
-        self.min_prompt, self.revive = spec["min_prompt"], spec["revive"]
+    def _set_up(self, format_params: dict[str, Any]) -> None:
+        self.number, self.keep, self.sink = format_params["number"], format_params["keep"], format_params["sink"]
+        self.begin, self.is_last = format_params["begin"], format_params["last"]
+        self.min_prompt, self.revive = format_params["min_prompt"], format_params["revive"]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self._names[1:], args)), **kwargs}
@@ -239,7 +241,7 @@ class LazyBlock(Layer):
         weights = torch.softmax(logits.masked_fill(hidden[:, None], MASKED), -1).mean(1)
         return weights.masked_fill(hidden, -1.0)
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         settings = {"number": self.number, "begin": self.begin, "last": self.is_last, "keep": self.keep}
         return {**settings, "sink": self.sink, "min_prompt": self.min_prompt, "revive": self.revive}
 

@@ -30,13 +30,13 @@ def reshape(
     model: nn.Module,
     shapes: Mapping[str, Sequence[int] | None],
     modules: Mapping[str, Mapping[str, Any]],
-    forms: Mapping[str, type[Layer]],
+    formats: Mapping[str, type[Layer]],
 ) -> None:
     """Give a new model these shapes and layers, in place. New parameters are random until they are loaded.
 
     Entries for a block that the model doesn't have (a probe model has few) are skipped.
 
-    forms   name of a structural layer -> its class
+    formats  name of a structural layer -> its class
     raises  ModelError naming a parameter or module that the model doesn't have, or a shape that it can't have
     """
     for name, shape in shapes.items():
@@ -52,17 +52,19 @@ def reshape(
                 data={"reason": "no-parameter", "module": type(owner).__name__},
             )
         _set_shape(owner, leaf, shape, name)
-    for form in sorted({str(entry["form"]) for entry in modules.values()}):
-        if form not in forms:
+    for format_name in sorted({str(entry["form"]) for entry in modules.values()}):
+        if format_name not in formats:
             raise ModelError(
-                f"a module has the unknown format {form!r}", where="compressed_modules", data={"form": form}
+                f"a module has the unknown format {format_name!r}",
+                where="compressed_modules",
+                data={"format_name": format_name},
             )
-        forms[form].prepare(model)
+        formats[format_name].prepare(model)
     for path, entry in modules.items():
         module = _module_at(model, path, path)
         if module is None:
             continue
-        layer, dtype = forms[entry["form"]], _dtype_of(module)
+        layer, dtype = formats[entry["form"]], _dtype_of(module)
         if layer.stands_for in IN_PLACE:
             layer.wrap(module, tuple(entry["shape"]), entry["spec"])  # type: ignore[attr-defined]
             continue

@@ -31,7 +31,7 @@ class Removed(Layer):
     of       heads or ffn: the kind of the removed sub-block, as information in the config
     """
 
-    form = "removed"
+    format_name = "removed"
     stands_for = "module"
     weight_only = False
     bias: Tensor | None
@@ -45,8 +45,8 @@ class Removed(Layer):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(shape[0], **spec, dtype=dtype)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[0], **format_params, dtype=dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
@@ -61,7 +61,7 @@ class Removed(Layer):
             own.update(seen, seen, self.layer)
         return y if self.returns is None else (y, *(None,) * (self.returns - 1))
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         return {"returns": self.returns, "layer": self.layer, "has_bias": self.bias is not None, "of": self.of}
 
     def tensors(self) -> dict[str, Tensor]:

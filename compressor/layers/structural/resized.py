@@ -23,16 +23,18 @@ class Resized(Layer):
     eps         of a norm, for any name of the attribute; optional
     """
 
-    form = "resized"
+    format_name = "resized"
     stands_for = "settings"
     weight_only = False
 
     @staticmethod
-    def wrap(module: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
+    def wrap(module: nn.Module, shape: tuple[int, ...], format_params: dict[str, Any]) -> None:
         """raises ModelError for an attribute that the module doesn't have"""
-        found = dict(spec["attributes"])
-        if "eps" in spec:
-            found |= {name: spec["eps"] for name in EPS_ATTRIBUTES if hasattr(module, name)} or {"eps": spec["eps"]}
+        found = dict(format_params["attributes"])
+        if "eps" in format_params:
+            found |= {name: format_params["eps"] for name in EPS_ATTRIBUTES if hasattr(module, name)} or {
+                "eps": format_params["eps"]
+            }
         for name, value in found.items():
             if not hasattr(module, name):
                 raise ModelError(

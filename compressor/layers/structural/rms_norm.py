@@ -24,7 +24,7 @@ class RmsNorm(Layer):
     width     divisor of the sum of squares, D
     """
 
-    form = "rms_norm"
+    format_name = "rms_norm"
     stands_for = "norm"
     weight_only = False
 
@@ -34,14 +34,14 @@ class RmsNorm(Layer):
         self.divisor, self.eps = width, eps
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        return cls(shape[0], **spec)
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        return cls(shape[0], **format_params)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.float32)
         return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / self.divisor + self.eps)).to(x.dtype)
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         return {"width": self.divisor, "eps": self.eps}
 
     def tensors(self) -> dict[str, Tensor]:

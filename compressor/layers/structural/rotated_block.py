@@ -29,7 +29,8 @@ class RotatedBlock(Layer):
     """The model's own block with another forward. Its class is also a subclass of the block's.
 
     shape  (d_0, d_1, ..., d_n) for the spec's n sublayers: the stream's width before each, and after the last
-    spec   sites    [{"norm": [name], "shortcut": bool, "branches": [{"norm": name, "steps": [step]}]}], the sublayers;
+    format_params
+           sites    [{"norm": [name], "shortcut": bool, "branches": [{"norm": name, "steps": [step]}]}], the sublayers;
                     names are of modules inside the block, and a sublayer without branches only changes the basis
            returns  None: the block returns the stream; n: a tuple of n, the stream first and the others None
 
@@ -43,25 +44,25 @@ class RotatedBlock(Layer):
         take    None, or the index in the tuple that it returns
     """
 
-    form = "rotated_block"
+    format_name = "rotated_block"
     stands_for = "block"
     weight_only = False
 
-    sites: list[dict[str, Any]]
+    sublayers: list[dict[str, Any]]
     returns: int | None
     widths: tuple[int, ...]
     _names: tuple[str, ...]  # of the block's own arguments after the stream, in order
     _defaults: dict[str, Any]
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         """Only the shortcuts, without a block."""
         made = cls()
-        made._set_up(shape, spec, dtype, torch.get_default_device())
+        made._set_up(shape, format_params, dtype, torch.get_default_device())
         return made
 
     @staticmethod
-    def wrap(block: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
+    def wrap(block: nn.Module, shape: tuple[int, ...], format_params: dict[str, Any]) -> None:
         """Turn a model's block into a rotated block, in place. Shortcuts start as (parts of) identity matrices.
 
         raises  ModelError if it already is one, or if shape and spec don't fit each other
@@ -75,21 +76,23 @@ class RotatedBlock(Layer):
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         block.__class__ = standing_for(RotatedBlock, type(block))  # type: ignore[arg-type]
         assert isinstance(block, RotatedBlock)
-        block._set_up(shape, spec, like.dtype, like.device)
+        block._set_up(shape, format_params, like.dtype, like.device)
         block._names = tuple(p.name for p in named)
         block._defaults = {p.name: p.default for p in named if p.default is not p.empty}
 
-    def _set_up(self, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-        self.sites, self.returns, self.widths = spec["sites"], spec["returns"], tuple(shape)
-        if len(self.widths) != len(self.sites) + 1:
+    def _set_up(
+        self, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.sublayers, self.returns, self.widths = format_params["sites"], format_params["returns"], tuple(shape)
+        if len(self.widths) != len(self.sublayers) + 1:
             raise ModelError(
-                f"{len(self.widths)} widths for {len(self.sites)} sublayers; one more than sublayers is needed",
+                f"{len(self.widths)} widths for {len(self.sublayers)} sublayers; one more than sublayers is needed",
                 where="rotated_block",
-                data={"reason": "widths", "widths": len(self.widths), "sites": len(self.sites)},
+                data={"reason": "widths", "widths": len(self.widths), "sublayers": len(self.sublayers)},
             )
-        for number, site in enumerate(self.sites):
+        for number, sublayer in enumerate(self.sublayers):
             before, after = self.widths[number : number + 2]
-            if site["shortcut"]:
+            if sublayer["shortcut"]:
                 shortcut = nn.Parameter(torch.empty(before, after, dtype=dtype, device=device))
                 nn.init.eye_(shortcut)
                 self.register_parameter(f"shortcut_{number}", shortcut)
@@ -97,7 +100,7 @@ class RotatedBlock(Layer):
                 raise ModelError(
                     f"sublayer {number} reads {before} values and writes {after} without a shortcut",
                     where="rotated_block",
-                    data={"reason": "no-shortcut", "site": number, "before": before, "after": after},
+                    data={"reason": "no-shortcut", "sublayer": number, "before": before, "after": after},
                 )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -110,10 +113,12 @@ class RotatedBlock(Layer):
         known.update({name: value for name, value in kwargs.items() if name in self._names})
         rest = {name: value for name, value in kwargs.items() if name not in self._names}
         x = hidden_states
-        for number, site in enumerate(self.sites):
-            normed = {name: self.get_submodule(name)(x) for name in site["norm"]}
-            added = [self._branch(branch["steps"], normed[branch["norm"]], known, rest) for branch in site["branches"]]
-            if site["shortcut"]:
+        for number, sublayer in enumerate(self.sublayers):
+            normed = {name: self.get_submodule(name)(x) for name in sublayer["norm"]}
+            added = [
+                self._branch(branch["steps"], normed[branch["norm"]], known, rest) for branch in sublayer["branches"]
+            ]
+            if sublayer["shortcut"]:
                 shortcut = getattr(self, f"shortcut_{number}")
                 x = shortcut(x) if isinstance(shortcut, nn.Module) else x @ shortcut  # a module after quantization
             for branch in added:
@@ -134,9 +139,9 @@ class RotatedBlock(Layer):
             x = out if step["take"] is None else out[step["take"]]
         return x
 
-    def spec(self) -> dict[str, Any]:
-        return {"sites": self.sites, "returns": self.returns}
+    def format_params(self) -> dict[str, Any]:
+        return {"sites": self.sublayers, "returns": self.returns}
 
     def tensors(self) -> dict[str, Tensor]:
-        names = (f"shortcut_{number}" for number, site in enumerate(self.sites) if site["shortcut"])
+        names = (f"shortcut_{number}" for number, sublayer in enumerate(self.sublayers) if sublayer["shortcut"])
         return {name: getattr(self, name) for name in names}

@@ -17,13 +17,13 @@ from compressor.layers.base import Layer
 
 
 def store_experts(
-    model: nn.Module, entries: Mapping[str, Mapping[str, Any]], forms: Mapping[str, type[Layer]], prefix: str
+    model: nn.Module, entries: Mapping[str, Mapping[str, Any]], formats: Mapping[str, type[Layer]], prefix: str
 ) -> None:
     """Replace parameters of a new model by layers, one for each expert, or several whose rows follow each other.
 
     entries  path of a layer, relative to `model` -> {"form", "spec", "shape" (out_features, in_features),
              "parameter" that it is a part of, "expert" (its index there), "rows" (start, stop), "transposed"}
-    forms    name of a quantization format -> its layer
+    formats  name of a quantization format -> its layer
     prefix   path of `model` in the model that the names of parameters are from
     """
     parameters: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -36,7 +36,7 @@ def store_experts(
         delattr(module, leaf)
         layers = []
         for path, entry in members:
-            layer = forms[entry["form"]]
+            layer = formats[entry["form"]]
             layer.prepare(model)
             made = layer.empty(tuple(entry["shape"]), entry["spec"], torch.get_default_dtype(), False)
             _put(model, path, made)

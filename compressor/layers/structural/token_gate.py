@@ -37,7 +37,7 @@ class TokenGate(Layer):
     """The model's own block with a gate. Its class is also a subclass of the block's.
 
     shape  ()
-    spec   attention   name inside the block of the module that calls transformers' attention interface
+    format_params  attention   name inside the block of the module that calls transformers' attention interface
            after       [{"call": name, "nth": its nth call in this block, "spread": whether the block's code adds its
                        output to a tensor of all tokens}] of the modules after the attention residual, in order
            mask        name of the block's argument that is the attention mask, or null
@@ -48,7 +48,7 @@ class TokenGate(Layer):
            similar, partition, order, iterations, tolerance, filter, heads, seed: see `choose_tokens`
     """
 
-    form = "token_gate"
+    format_name = "token_gate"
     stands_for = "block"
     weight_only = False
     helpers = (
@@ -69,13 +69,13 @@ class TokenGate(Layer):
             module.register_forward_hook(_add_mask, with_kwargs=True)
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+    def empty(cls, shape: tuple[int, ...], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
         made = cls()
-        made.token_gate = spec
+        made.token_gate = format_params
         return made
 
     @staticmethod
-    def wrap(block: nn.Module, shape: tuple[int, ...], spec: dict[str, Any]) -> None:
+    def wrap(block: nn.Module, shape: tuple[int, ...], format_params: dict[str, Any]) -> None:
         """Turn a model's block into a gated block, in place.
 
         raises  ModelError if it already is one
@@ -85,15 +85,15 @@ class TokenGate(Layer):
         parameters = list(inspect.signature(block.forward).parameters.values())[1:]
         block.__class__ = standing_for(TokenGate, type(block))  # type: ignore[arg-type]
         assert isinstance(block, TokenGate)
-        block.token_gate = spec
+        block.token_gate = format_params
         block._names = tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
     @staticmethod
     @contextmanager
-    def wrapped(block: nn.Module, spec: dict[str, Any]) -> Iterator[None]:
+    def wrapped(block: nn.Module, format_params: dict[str, Any]) -> Iterator[None]:
         """The same inside this context only."""
         plain = type(block)
-        TokenGate.wrap(block, (), spec)
+        TokenGate.wrap(block, (), format_params)
         try:
             yield
         finally:
@@ -185,7 +185,7 @@ class TokenGate(Layer):
             self.choices.append(chosen)
         return chosen
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         return self.token_gate
 
     def tensors(self) -> dict[str, Tensor]:
@@ -277,7 +277,7 @@ def unprotected(valid: Tensor, protect: list[int]) -> Tensor:
 def last_gate(config: Any) -> dict[str, Any] | None:
     """The gate of the last gated block of a model, whose kept tokens are in the output."""
     modules = getattr(config, "compressed_modules", None) or {}
-    gates = [entry["spec"] for entry in modules.values() if entry["form"] == TokenGate.form]
+    gates = [entry["spec"] for entry in modules.values() if entry["form"] == TokenGate.format_name]
     return max(gates, key=lambda gate: len(gate["before"]) + (gate["keep"] < 1), default=None)
 
 

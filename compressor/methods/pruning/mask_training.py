@@ -207,11 +207,11 @@ def _removed(masks: Masks, size: Size, places: Places) -> torch.Tensor:
     """Share of the size that the soft masks remove."""
     keep = masks.split(soft_keep(log_alpha(masks.mean, masks.log_variance)))
     counts: dict[str, torch.Tensor | int] = {part.name: part.units for part in size.parts}
-    for reader in places.readers:
-        if reader.name in keep:
-            counts[reader.name] = keep[reader.name].sum()
-        if reader.switch is not None:
-            counts[reader.name] = counts[reader.name] * keep[reader.switch].squeeze()
+    for projection in places.projections:
+        if projection.name in keep:
+            counts[projection.name] = keep[projection.name].sum()
+        if projection.switch is not None:
+            counts[projection.name] = counts[projection.name] * keep[projection.switch].squeeze()
     width = keep[STREAM].sum() if STREAM in keep else None
     return 1 - size.of(counts, width) / size.full
 

@@ -31,17 +31,17 @@ HEAD_TOKENS = 512  # tokens that pass the output head at once: for a vocabulary 
 
 
 @dataclass(frozen=True)
-class Reader:
+class MaskedProjection:
     """The output projection of a sub-block, which reads its units.
 
     name     of the sub-block
-    unit     number of its part of the model (1 is the first block)
+    part     number of its part of the model (1 is the first block)
     columns  (features,) int64: the unit of each column of the module's input
     switch   name of the mask of the whole sub-block, if it has one
     """
 
     name: str
-    unit: int
+    part: int
     module: str
     columns: torch.Tensor
     switch: str | None = None
@@ -51,7 +51,7 @@ class Reader:
 class StreamNorm:
     """A norm that reads the residual stream, and the number of its part of the model."""
 
-    unit: int
+    part: int
     module: str
     norm: Norm
 
@@ -60,11 +60,16 @@ class StreamNorm:
 class Places:
     """The places of the masks."""
 
-    readers: tuple[Reader, ...]
+    projections: tuple[MaskedProjection, ...]
     norms: tuple[StreamNorm, ...] = ()
 
     def names(self, unit: int) -> list[str]:
-        found = [name for reader in self.readers if reader.unit == unit for name in (reader.name, reader.switch)]
+        found = [
+            name
+            for projection in self.projections
+            if projection.part == unit
+            for name in (projection.name, projection.switch)
+        ]
         return [name for name in found if name is not None]
 
 
@@ -77,7 +82,7 @@ class Draw:
     entered: list[torch.Tensor] = field(default_factory=list)  # the stream before each block, and after the last
 
 
-def reader_columns(units: Sequence[Sequence[int]]) -> torch.Tensor:
+def projection_columns(units: Sequence[Sequence[int]]) -> torch.Tensor:
     """The unit of each column, from the columns of each unit."""
     unit_of = {column: unit for unit, columns in enumerate(units) for column in columns}
     assert sorted(unit_of) == list(range(len(unit_of))), "every column belongs to one unit"
@@ -115,12 +120,12 @@ def masked_norm(
 def masked(model: RunnableModel, unit: int, masks: Mapping[str, torch.Tensor], places: Places) -> Iterator[None]:
     """Multiply the inputs of a part's output projections by their masks while the part runs."""
     with ExitStack() as stack:
-        for reader in places.readers:
-            if reader.unit == unit and (z := _expanded(reader, masks)) is not None:
-                module = model.module(reader.module)
+        for projection in places.projections:
+            if projection.part == unit and (z := _expanded(projection, masks)) is not None:
+                module = model.module(projection.module)
                 stack.callback(module.register_forward_pre_hook(_multiplied(z)).remove)
         for place in places.norms:
-            if place.unit == unit and STREAM in masks:
+            if place.part == unit and STREAM in masks:
                 hook = _renormed(masks[STREAM].unsqueeze(1), place.norm)
                 stack.callback(model.module(place.module).register_forward_hook(hook).remove)
         yield
@@ -302,13 +307,13 @@ def _squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (found - wanted).square().mean(-1).sum(1) / wanted.var()
 
 
-def _expanded(reader: Reader, masks: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+def _expanded(projection: MaskedProjection, masks: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """(samples, features): the mask of each column of the output projection's input."""
-    z = masks[reader.name][:, reader.columns] if reader.name in masks else None
-    if reader.switch is None or reader.switch not in masks:
+    z = masks[projection.name][:, projection.columns] if projection.name in masks else None
+    if projection.switch is None or projection.switch not in masks:
         return z
-    switch = masks[reader.switch]
-    return switch.expand(-1, len(reader.columns)) if z is None else z * switch
+    switch = masks[projection.switch]
+    return switch.expand(-1, len(projection.columns)) if z is None else z * switch
 
 
 def _multiplied(z: torch.Tensor) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from compressor.model.facts import ModelFacts, PrunableModule
 
 def model_size(
     facts: ModelFacts,
-    sites: Sequence[PrunableModule],
+    prunables: Sequence[PrunableModule],
     *,
     measure: Literal["parameters", "flops"],
     of: Literal["blocks", "model"],
@@ -30,7 +30,7 @@ def model_size(
     along = dict(stream_edges(facts.residual)) if narrows else {}
     inside = f"{facts.blocks}."
     heads = facts.residual.end.consumers if (of, measure) == ("model", "flops") else ()
-    multiplied = {reader.parameter for reader in heads}
+    multiplied = {projection.parameter for projection in heads}
     rest: dict[str, int] = {}  # parameter -> entries that belong to no unit
     for name, shape in facts.shapes.items():
         is_counted = name.startswith(inside) or (of == "model" and (measure == "parameters" or name in multiplied))
@@ -38,21 +38,31 @@ def model_size(
         if is_counted and not is_again and (measure == "parameters" or len(shape) > 1):
             rest[name] = math.prod(shape)
     parts = []
-    for site in sites:
+    for prunable in prunables:
         unit = per_width = 0
-        for cut in site.cuts:
-            if cut.parameter not in rest:
+        for sliced in prunable.slices:
+            if sliced.parameter not in rest:
                 continue
-            shape, rows = facts.shapes[cut.parameter], len(cut.rows[0])
-            entries = rows * math.prod(shape) // shape[cut.axis]
-            rest[cut.parameter] -= entries * site.units
-            if along.get(cut.parameter, cut.axis) != cut.axis:
-                per_width += entries // shape[along[cut.parameter]]
+            shape, rows = facts.shapes[sliced.parameter], len(sliced.rows[0])
+            entries = rows * math.prod(shape) // shape[sliced.axis]
+            rest[sliced.parameter] -= entries * prunable.units
+            if along.get(sliced.parameter, sliced.axis) != sliced.axis:
+                per_width += entries // shape[along[sliced.parameter]]
             else:
                 unit += entries
-        if measure == "flops" and site.kind == "heads":
-            unit += 2 * tokens * site.layout.head_dim * site.layout.query_heads
-        parts.append(Part(site.name, site.kind, site.block, site.units, unit, per_width, _beside(facts, site, rest)))
+        if measure == "flops" and prunable.kind == "heads":
+            unit += 2 * tokens * prunable.layout.head_dim * prunable.layout.query_heads
+        parts.append(
+            Part(
+                prunable.name,
+                prunable.kind,
+                prunable.block,
+                prunable.units,
+                unit,
+                per_width,
+                _beside(facts, prunable, rest),
+            )
+        )
     fixed = sum(count for name, count in rest.items() if name not in along)
     if not narrows:
         return Size(tuple(parts), fixed)
@@ -61,9 +71,9 @@ def model_size(
     return Size(tuple(parts), fixed, width, per_channel)
 
 
-def _beside(facts: ModelFacts, site: PrunableModule, rest: Mapping[str, int]) -> int:
+def _beside(facts: ModelFacts, prunable: PrunableModule, rest: Mapping[str, int]) -> int:
     """Size, besides the units, that a `removed` layer removes; its bias stays."""
-    paths = [f"{entry.path}." for entry in site.layout.removal or ()]
-    gone = [name for name in rest if any(name.startswith(path) for path in paths)]
-    stays = rest.get(site.bias or "", 0) if any(entry.adds for entry in site.layout.removal or ()) else 0
-    return sum(rest[name] for name in gone) - stays
+    paths = [f"{entry.path}." for entry in prunable.layout.removal or ()]
+    removed = [name for name in rest if any(name.startswith(path) for path in paths)]
+    stays = rest.get(prunable.bias or "", 0) if any(entry.adds for entry in prunable.layout.removal or ()) else 0
+    return sum(rest[name] for name in removed) - stays

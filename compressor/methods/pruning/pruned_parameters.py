@@ -25,7 +25,7 @@ def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Te
 
 def prune(
     view: PartView,
-    sites: Sequence[PrunableModule],
+    prunables: Sequence[PrunableModule],
     decision: Decision,
     *,
     factors: Mapping[str, Sequence[float]] | None = None,
@@ -38,7 +38,7 @@ def prune(
              `follows`. None: their columns are only removed
     returns  name of a prunable module -> the result, where its output projection was solved
     """
-    own = [s for s in sites if s.block == view.index]
+    own = [s for s in prunables if s.block == view.index]
     narrows = decision.get("hidden") is not None and len(decision["hidden"]) < view.residual.width
     residual = view.residual if narrows else None
     shapes = view.redefinition.shapes
@@ -54,11 +54,11 @@ def prune(
     inputs = _calibrations(view, [s for s in own if _is_repaired(s, decision)]) if ridge is not None else {}
     for number, s in enumerate(own if factors or ridge is not None else ()):
         view.progress(s.name, number / len(own))
-        found = _new_reader(view, s, decision, (factors or {}).get(s.name), inputs.get(s.name), ridge)
+        found = _new_projection(view, s, decision, (factors or {}).get(s.name), inputs.get(s.name), ridge)
         if found is not None:
             repairs |= {s.name: found.repair} if found.repair is not None else {}
             values |= found.values
-            kept.setdefault(s.cuts[0].parameter, {}).pop(s.cuts[0].axis, None)  # it already has only these columns
+            kept.setdefault(s.slices[0].parameter, {}).pop(s.slices[0].axis, None)  # it already has only these columns
     for name, value in values.items():
         value = narrowed(value, kept.get(name, {}))
         if name in gains:
@@ -76,7 +76,7 @@ def prune(
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _NewProjection:
     """The new matrix of an output projection (only its kept columns) and its bias, under their names."""
 
     values: dict[str, torch.Tensor]
@@ -89,31 +89,31 @@ def _is_repaired(s: PrunableModule, decision: Decision) -> bool:
     return len(units) < s.units and bool(units or s.bias)
 
 
-def _calibrations(view: PartView, sites: Sequence[PrunableModule]) -> dict[str, Calibration]:
+def _calibrations(view: PartView, prunables: Sequence[PrunableModule]) -> dict[str, Calibration]:
     """Name of each prunable module -> the inputs of its output projection, from one run of the part."""
     batches = len(view.states())
-    assert batches or not sites, "the redefinition doesn't follow, so there are no inputs to solve for"
-    found = {s.name: Calibration(batches) for s in sites}
-    for number, inputs in enumerate(view.inputs_of([s.output_projection for s in sites]) if sites else ()):
+    assert batches or not prunables, "the redefinition doesn't follow, so there are no inputs to solve for"
+    found = {s.name: Calibration(batches) for s in prunables}
+    for number, inputs in enumerate(view.inputs_of([s.output_projection for s in prunables]) if prunables else ()):
         for calibration, x in zip(found.values(), inputs, strict=True):
             calibration.add(x)
         view.progress("inputs of the output projections", (number + 1) / batches)
     return found
 
 
-def _new_reader(
+def _new_projection(
     view: PartView,
     s: PrunableModule,
     decision: Decision,
     factors: Sequence[float] | None,
     inputs: Calibration | None,
     ridge: float | None,
-) -> _Reader | None:
+) -> _NewProjection | None:
     """None for an output projection that doesn't change. inputs: of the projection, if it is solved again"""
     if factors is None and inputs is None:
         return None
     units = kept_units(s, decision)
-    weight, axis = view.read(s.cuts[0].parameter), s.cuts[0].axis
+    weight, axis = view.read(s.slices[0].parameter), s.slices[0].axis
     matrix = weight if axis == 1 else weight.t()
     columns = sorted(column for unit in units for column in s.columns[unit])
     plain = matrix[:, torch.tensor(columns, dtype=torch.int64, device=matrix.device)]
@@ -129,20 +129,20 @@ def _new_reader(
         if found.shift is not None and s.bias is not None:
             values[s.bias] = view.read(s.bias) + found.shift
     if columns:
-        values[s.cuts[0].parameter] = plain if axis == 1 else plain.t()
-    return _Reader(values, found)
+        values[s.slices[0].parameter] = plain if axis == 1 else plain.t()
+    return _NewProjection(values, found)
 
 
-def _is_new(name: str, sites: Sequence[PrunableModule], decision: Decision) -> bool:
+def _is_new(name: str, prunables: Sequence[PrunableModule], decision: Decision) -> bool:
     """Whether a parameter is the bias of a `removed` layer."""
-    return any(path is not None and name == f"{path}.bias" for path in (_left_bias(s, decision) for s in sites))
+    return any(path is not None and name == f"{path}.bias" for path in (_left_bias(s, decision) for s in prunables))
 
 
-def _left_bias(site: PrunableModule, decision: Decision) -> str | None:
+def _left_bias(prunable: PrunableModule, decision: Decision) -> str | None:
     """Path of the `removed` layer that keeps the bias of a removed sub-block."""
-    if kept_units(site, decision):
+    if kept_units(prunable, decision):
         return None
-    return next(entry.path for entry in site.layout.removal or () if entry.adds)
+    return next(entry.path for entry in prunable.layout.removal or () if entry.adds)
 
 
 def part_of(name: str, view: PartView, residual: Residual | None) -> int | None:

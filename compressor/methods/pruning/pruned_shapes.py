@@ -26,7 +26,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from compressor.errors import Because, PreflightError, values_of
-from compressor.model.facts import KINDS, Cut, Decision, ModelFacts, PrunableModule, Redefinition
+from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableModule, PrunedSlice, Redefinition
 from compressor.model.families import DEPTH_KEYS, HEAD_COUNT_KEYS, NORM_EPS_KEYS, WIDTH_KEYS
 from compressor.model.module_names import is_inside
 from compressor.model.residual_records import Residual, ResidualNorm
@@ -35,58 +35,58 @@ Export = Literal["auto", "stock", "custom"]
 Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
 
 
-def kept_units(site: PrunableModule, decision: Decision) -> tuple[int, ...]:
-    if site.name in decision.get("removed", ()):
+def kept_units(prunable: PrunableModule, decision: Decision) -> tuple[int, ...]:
+    if prunable.name in decision.get("removed", ()):
         return ()
-    return tuple(decision["sites"].get(site.name, range(site.units)))
+    return tuple(decision["sites"].get(prunable.name, range(prunable.units)))
 
 
-def check_decision(sites: Sequence[PrunableModule], decision: Decision, where: str = "decision") -> None:
+def check_decision(prunables: Sequence[PrunableModule], decision: Decision, where: str = "decision") -> None:
     """raises PreflightError for an unknown prunable module, units that it doesn't have, or one that must stay"""
-    known = {site.name: site for site in sites}
+    known = {prunable.name: prunable for prunable in prunables}
     named = [*decision["sites"], *decision.get("removed", ())]
     if unknown := [name for name in named if name not in known]:
         raise PreflightError(
             f"{unknown[0]} is not a prunable module of this model",
             where=where,
             hint="Begin again with --fresh, so that the choice is made for this model.",
-            data={"reason": "no-site", "site": unknown[0]},
+            data={"reason": "no-prunable", "prunable": unknown[0]},
         )
-    for site in sites:
-        kept = kept_units(site, decision)
-        if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < site.units):
+    for prunable in prunables:
+        kept = kept_units(prunable, decision)
+        if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < prunable.units):
             raise PreflightError(
-                f"{list(kept)} are not ascending numbers of units of {site.name}, which has {site.units}",
+                f"{list(kept)} are not ascending numbers of units of {prunable.name}, which has {prunable.units}",
                 where=where,
                 hint="Begin again with --fresh, so that the choice is made for this model.",
-                data={"reason": "units", "site": site.name, "kept": list(kept), "units": site.units},
+                data={"reason": "units", "prunable": prunable.name, "kept": list(kept), "units": prunable.units},
             )
-        if not kept and site.layout.removal is None:
+        if not kept and prunable.layout.removal is None:
             raise PreflightError(
                 "every unit of this sub-block would be removed, and the sub-block itself can't be",
-                where=site.name,
+                where=prunable.name,
                 hint="Keep at least one unit: set a smaller target, or protect this block with protect_layers.",
                 data={"reason": "nothing-kept"},
             )
 
 
 def pruned_redefinition(
-    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, export: Export = "auto"
+    facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Decision, export: Export = "auto"
 ) -> Redefinition:
     """The definition of the pruned model.
 
     export  stock: a model of the same class or an error; custom: the modeling file, also if a stock model is possible
     raises  PreflightError for a decision that doesn't fit the model, or a stock model that is impossible
     """
-    check_decision(sites, decision)
-    width = _reads_width(facts, sites)
+    check_decision(prunables, decision)
+    width = _reads_width(facts, prunables)
     widths = (width, len(decision["hidden"]) if _narrows(facts, decision) else width)
-    shapes = pruned_shapes(facts, sites, decision)
+    shapes = pruned_shapes(facts, prunables, decision)
     if not shapes:
         return Redefinition(widths=widths, decision=decision)
     why: str | None = "the recipe has export: custom"
     if export != "custom":
-        redefinition = _stock(facts, sites, decision)
+        redefinition = _stock(facts, prunables, decision)
         if isinstance(redefinition, Redefinition):
             return replace(redefinition, widths=widths, decision=decision)
         why = redefinition
@@ -97,46 +97,46 @@ def pruned_redefinition(
                 hint="Set export: auto, which adds a modeling file, or uniform: true if the pass is vtrans.",
                 data={"reason": "no-stock-model", "model": facts.architecture, "because": values_of(why)},
             )
-    redefinition = _custom(facts, sites, decision, shapes, why)
+    redefinition = _custom(facts, prunables, decision, shapes, why)
     return replace(redefinition, widths=widths, decision=decision)
 
 
 def pruned_shapes(
-    facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision, gone: Sequence[int] = ()
+    facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Decision, removed: Sequence[int] = ()
 ) -> dict[str, tuple[int, ...] | None]:
     """Parameter -> its new shape, for those that change or are new; None if it is removed. Tied ones have no entry.
 
-    gone  blocks that are removed as a whole
+    removed  blocks that are removed as a whole
     """
     shapes: dict[str, tuple[int, ...] | None] = {}
     residual = facts.residual if _narrows(facts, decision) else None
-    for name, axes in kept_slices(facts.shapes, sites, decision, residual).items():
+    for name, axes in kept_slices(facts.shapes, prunables, decision, residual).items():
         if name not in facts.tied:
             shape = facts.shapes[name]
             shapes[name] = tuple(len(axes[a]) if a in axes else n for a, n in enumerate(shape))
-    for site in sites:
-        if kept_units(site, decision) or site.block in gone:
+    for prunable in prunables:
+        if kept_units(prunable, decision) or prunable.block in removed:
             continue
-        bias = shapes.get(site.bias, facts.shapes[site.bias]) if site.bias else None
-        for entry in site.layout.removal or ():
+        bias = shapes.get(prunable.bias, facts.shapes[prunable.bias]) if prunable.bias else None
+        for entry in prunable.layout.removal or ():
             inside = entry.path + "."
             shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(inside))
             if entry.adds and bias:
                 shapes[f"{entry.path}.bias"] = bias
-    for block in gone:
+    for block in removed:
         shapes |= dict.fromkeys(name for name in facts.shapes if name.startswith(f"{facts.blocks}.{block}."))
     return {name: shape for name, shape in shapes.items() if shape != facts.shapes.get(name)}
 
 
-def dropped_blocks(sites: Sequence[PrunableModule], decision: Decision) -> tuple[int, ...]:
+def dropped_blocks(prunables: Sequence[PrunableModule], decision: Decision) -> tuple[int, ...]:
     """Blocks that do nothing after pruning, so that a model without them computes the same."""
-    left = {site.block for site in sites if kept_units(site, decision) or not site.layout.vanishes}
-    return tuple(sorted({site.block for site in sites} - left))
+    left = {prunable.block for prunable in prunables if kept_units(prunable, decision) or not prunable.layout.vanishes}
+    return tuple(sorted({prunable.block for prunable in prunables} - left))
 
 
 def kept_slices(
     shapes: Mapping[str, Sequence[int]],
-    sites: Sequence[PrunableModule],
+    prunables: Sequence[PrunableModule],
     decision: Decision,
     residual: Residual | None,
 ) -> Kept:
@@ -145,25 +145,25 @@ def kept_slices(
     residual  of the model, if its stream gets narrower
     """
     kept: Kept = {}
-    known: dict[tuple[Any, ...], tuple[int, ...]] = {}  # blocks of a kind share the rows of their cuts
-    for site in sites:
-        units = kept_units(site, decision)
-        if units and len(units) < site.units:
-            for cut in site.cuts:
-                key = (id(cut.rows), shapes[cut.parameter][cut.axis], units)
+    known: dict[tuple[Any, ...], tuple[int, ...]] = {}  # blocks of a kind share the rows of their slices
+    for prunable in prunables:
+        units = kept_units(prunable, decision)
+        if units and len(units) < prunable.units:
+            for sliced in prunable.slices:
+                key = (id(sliced.rows), shapes[sliced.parameter][sliced.axis], units)
                 if key not in known:
-                    known[key] = _left(cut, key[1], units)
-                kept.setdefault(cut.parameter, {})[cut.axis] = known[key]
+                    known[key] = _left(sliced, key[1], units)
+                kept.setdefault(sliced.parameter, {})[sliced.axis] = known[key]
     if residual is not None:
         for name, axis in stream_edges(residual):
             kept.setdefault(name, {})[axis] = tuple(decision["hidden"])
     return kept
 
 
-def _left(cut: Cut, length: int, units: tuple[int, ...]) -> tuple[int, ...]:
+def _left(sliced: PrunedSlice, length: int, units: tuple[int, ...]) -> tuple[int, ...]:
     """The indices of an axis of this length that stay with these units."""
-    gone = {row for unit in {*range(len(cut.rows))}.difference(units) for row in cut.rows[unit]}
-    return tuple(n for n in range(length) if n not in gone)
+    removed = {row for unit in {*range(len(sliced.rows))}.difference(units) for row in sliced.rows[unit]}
+    return tuple(n for n in range(length) if n not in removed)
 
 
 def stream_edges(residual: Residual) -> Iterator[tuple[str, int]]:
@@ -178,11 +178,11 @@ def _leaves(norm: ResidualNorm) -> tuple[tuple[str, bool], ...]:
     return (("weight", norm.formula.has_weight), ("bias", norm.formula.has_bias))
 
 
-def _reads_width(facts: ModelFacts, sites: Sequence[PrunableModule]) -> int:
+def _reads_width(facts: ModelFacts, prunables: Sequence[PrunableModule]) -> int:
     """The stream's width: the outputs of an output projection."""
-    if not sites:
+    if not prunables:
         return facts.residual.width
-    return facts.shapes[sites[0].cuts[0].parameter][1 - sites[0].cuts[0].axis]
+    return facts.shapes[prunables[0].slices[0].parameter][1 - prunables[0].slices[0].axis]
 
 
 def _narrows(facts: ModelFacts, decision: Decision) -> bool:
@@ -193,52 +193,52 @@ def _narrows(facts: ModelFacts, decision: Decision) -> bool:
 # a stock model
 
 
-def _stock(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> Redefinition | str:
+def _stock(facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Decision) -> Redefinition | str:
     """The pruned model of the same class, or the reason why there is none."""
-    gone = dropped_blocks(sites, decision)
-    stay = [site for site in sites if site.block not in gone]
+    removed = dropped_blocks(prunables, decision)
+    stay = [prunable for prunable in prunables if prunable.block not in removed]
     config: dict[str, Any] = {}
     for kind in KINDS:
-        said = _kind_config([site for site in stay if site.kind == kind], decision)
-        if isinstance(said, str):
-            return said
-        config |= said
-    count = len({site.block for site in sites})
-    if gone:
+        found_config = _kind_config([prunable for prunable in stay if prunable.kind == kind], decision)
+        if isinstance(found_config, str):
+            return found_config
+        config |= found_config
+    count = len({prunable.block for prunable in prunables})
+    if removed:
         depths = [key for key in DEPTH_KEYS if facts.config.get(key) == count]
-        if not depths or len(gone) == count:
+        if not depths or len(removed) == count:
             return "its config can't describe removed blocks"
-        kept = [block for block in range(count) if block not in gone]
+        kept = [block for block in range(count) if block not in removed]
         config |= {key: len(kept) for key in depths}
         lists = [key for key, value in facts.config.items() if isinstance(value, list) and len(value) == count]
         config |= {key: [facts.config[key][block] for block in kept] for key in lists}
     if _narrows(facts, decision):
-        narrow = _narrow_config(facts, sites, decision)
+        narrow = _narrow_config(facts, prunables, decision)
         if isinstance(narrow, str):
             return narrow
         config = {**narrow, **config}
     for key in ("compressed_shapes", "compressed_modules"):
         if facts.config.get(key):
             return "it is no model of its own class any more"
-    blocks = tuple(block for block in range(count) if block not in gone) if gone else None
-    redefinition = Redefinition(config, pruned_shapes(facts, sites, decision, gone), blocks=blocks)
+    blocks = tuple(block for block in range(count) if block not in removed) if removed else None
+    redefinition = Redefinition(config, pruned_shapes(facts, prunables, decision, removed), blocks=blocks)
     return facts.fits(redefinition) or redefinition
 
 
-def _kind_config(sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
+def _kind_config(prunables: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
     """The keys of config.json for the number of units of one kind in every block, or the reason why there are none."""
-    counts = {len(kept_units(site, decision)) for site in sites}
-    if all(len(kept_units(site, decision)) == site.units for site in sites):
+    counts = {len(kept_units(prunable, decision)) for prunable in prunables}
+    if all(len(kept_units(prunable, decision)) == prunable.units for prunable in prunables):
         return {}
     if 0 in counts:
-        gone = next(s.name for s in sites if not kept_units(s, decision))
-        return Because(f"{gone} is removed as a whole", reason="gone", site=gone)
+        removed = next(s.name for s in prunables if not kept_units(s, decision))
+        return Because(f"{removed} is removed as a whole", reason="removed", prunable=removed)
     if len(counts) > 1:
-        kind = sites[0].kind
+        kind = prunables[0].kind
         return Because(f"the number of {kind} differs from block to block", reason="uneven", kind=kind)
-    keys = sites[0].layout.config
+    keys = prunables[0].layout.config
     if keys is None:
-        kind = sites[0].kind
+        kind = prunables[0].kind
         return Because(f"its config.json has no number of {kind}", reason="count-not-in-config", kind=kind)
     return keys.of(next(iter(counts)))
 
@@ -248,7 +248,7 @@ def width_key(facts: ModelFacts) -> str | None:
     return next((key for key in WIDTH_KEYS if facts.config.get(key) == facts.residual.width), None)
 
 
-def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
+def _narrow_config(facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
     residual, kept = facts.residual, len(decision["hidden"])
     width = residual.width
     key = width_key(facts)
@@ -259,9 +259,9 @@ def _narrow_config(facts: ModelFacts, sites: Sequence[PrunableModule], decision:
         keys = [key for key in NORM_EPS_KEYS if key in facts.config]
         if not keys:
             return "its config has no eps of its norms"
-        if not sites:
+        if not prunables:
             return f"nobody has looked whether norms inside its blocks have the same {keys[0]} as those of the stream"
-        if any(site.layout.has_norms for site in sites):
+        if any(prunable.layout.has_norms for prunable in prunables):
             return Because(
                 f"norms inside its blocks share {keys[0]} with those of the residual stream",
                 reason="eps-of-other-norms",
@@ -289,17 +289,17 @@ def is_root(scale: float, width: int) -> bool:
 
 def _custom(
     facts: ModelFacts,
-    sites: Sequence[PrunableModule],
+    prunables: Sequence[PrunableModule],
     decision: Decision,
     shapes: dict[str, tuple[int, ...] | None],
     why: str | None,
 ) -> Redefinition:
     modules: dict[str, Any] = dict(facts.config.get("compressed_modules") or {})
-    said: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     for kind in KINDS:  # a number that the class can't have block by block may be possible in the config
-        alike = [site for site in sites if site.kind == kind and site.layout.per_layer]
+        alike = [prunable for prunable in prunables if prunable.kind == kind and prunable.layout.per_layer]
         found = _kind_config(alike, decision)
-        partly = [site for site in alike if 0 < len(kept_units(site, decision)) < site.units]
+        partly = [prunable for prunable in alike if 0 < len(kept_units(prunable, decision)) < prunable.units]
         if isinstance(found, str) and partly:
             raise PreflightError(
                 f"blocks can't differ in their number of {kind} ({partly[0].layout.per_layer}), and {why}",
@@ -307,14 +307,16 @@ def _custom(
                 hint="Set uniform: true if the pass is vtrans; where it is greedy_removal, remove only whole blocks.",
                 data={"reason": "blocks-differ", "kind": kind},
             )
-        said |= {} if isinstance(found, str) else found
-    for site in sites:
-        units = len(kept_units(site, decision))
+        reported |= {} if isinstance(found, str) else found
+    for prunable in prunables:
+        units = len(kept_units(prunable, decision))
         if not units:
-            modules = _without(modules, [entry.path for entry in site.layout.removal or ()])
-            modules |= removed_modules(site, facts.shapes[f"{site.output_projection}.weight"][1 - site.cuts[0].axis])
-        elif units < site.units and not site.layout.per_layer:
-            for path, module in resized_modules(site, units).items():
+            modules = _without(modules, [entry.path for entry in prunable.layout.removal or ()])
+            modules |= removed_modules(
+                prunable, facts.shapes[f"{prunable.output_projection}.weight"][1 - prunable.slices[0].axis]
+            )
+        elif units < prunable.units and not prunable.layout.per_layer:
+            for path, module in resized_modules(prunable, units).items():
                 before = modules.get(path, module)["spec"]["attributes"]
                 modules[path] = {**module, "spec": {"attributes": {**before, **module["spec"]["attributes"]}}}
     if _narrows(facts, decision):
@@ -328,25 +330,25 @@ def _custom(
     before = facts.config.get("compressed_shapes") or {}
     kept = {name: shape for name, shape in before.items() if shapes.get(name, ()) is not None}
     own = {"compressed_shapes": {**kept, **held}, "compressed_modules": dict(sorted(modules.items()))}
-    return Redefinition({**said, **own}, dict(shapes))
+    return Redefinition({**reported, **own}, dict(shapes))
 
 
-def removed_modules(site: PrunableModule, width: int) -> dict[str, Any]:
+def removed_modules(prunable: PrunableModule, width: int) -> dict[str, Any]:
     """The layers that replace a removed sub-block; `width` is that of its output projection's output."""
     modules = {}
-    for entry in site.layout.removal or ():
-        spec = {
+    for entry in prunable.layout.removal or ():
+        format_params = {
             "returns": entry.returns,
             "layer": entry.layer,
-            "has_bias": bool(entry.adds and site.bias is not None),
-            "of": site.kind,
+            "has_bias": bool(entry.adds and prunable.bias is not None),
+            "of": prunable.kind,
         }
         shape = [width if entry.adds else 0]
-        modules[entry.path] = {"form": "removed", "spec": spec, "shape": shape}
+        modules[entry.path] = {"form": "removed", "spec": format_params, "shape": shape}
     return modules
 
 
-def resized_modules(site: PrunableModule, units: int) -> dict[str, Any]:
+def resized_modules(prunable: PrunableModule, units: int) -> dict[str, Any]:
     """The new attributes of modules that count heads."""
     return {
         path: {
@@ -354,7 +356,7 @@ def resized_modules(site: PrunableModule, units: int) -> dict[str, Any]:
             "spec": {"attributes": {name: number * units for name, number in numbers.items()}},
             "shape": [],
         }
-        for path, numbers in site.layout.attributes.items()
+        for path, numbers in prunable.layout.attributes.items()
         if numbers
     }
 
@@ -375,7 +377,7 @@ def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, Any]:
             raise PreflightError(
                 "this LayerNorm has no gain, so it can't be computed for a narrower residual stream",
                 where=norm.module,
-                hint="Leave hidden out of `sites`.",
+                hint="Leave hidden out of `prunables`.",
             )
         return {norm.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": norm.formula.eps}, "shape": [kept]}}
     if norm.formula.kind == "layer":

@@ -149,22 +149,22 @@ def _damped_factor(inner: torch.Tensor, damping: float) -> tuple[float, torch.Te
 
 def output_errors(
     weight: torch.Tensor,
-    cuts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    slices: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     kept: Sequence[int],
     batches: Iterable[torch.Tensor],
 ) -> list[float]:
     """For each (W', s) the mean of |W x - W' x_K - s|² over tokens, divided by the mean of |W x|²; 0 without output."""
     wide, index = weight.to(torch.float64), torch.tensor(list(kept), dtype=torch.int64, device=weight.device)
     differences = []
-    for cut, _ in cuts:
+    for pruned, _ in slices:
         difference = wide.clone()
-        difference[:, index] -= cut.to(torch.float64)
+        difference[:, index] -= pruned.to(torch.float64)
         differences.append(difference)
-    given, lost = 0.0, [0.0] * len(cuts)
+    given, lost = 0.0, [0.0] * len(slices)
     for batch in batches:
         x = batch.to(torch.promote_types(batch.dtype, torch.float32))
         given += float((x @ wide.to(x.dtype).t()).double().square().sum())
-        for number, (difference, (_, shift)) in enumerate(zip(differences, cuts, strict=True)):
+        for number, (difference, (_, shift)) in enumerate(zip(differences, slices, strict=True)):
             apart = (x @ difference.to(x.dtype).t()).double()
             lost[number] += float((apart if shift is None else apart - shift).square().sum())
     return [one / given if given else 0.0 for one in lost]

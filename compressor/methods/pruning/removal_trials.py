@@ -14,14 +14,14 @@ from compressor.methods.pruning.masked_forward import (
     Dense,
     Draw,
     Loss,
+    MaskedProjection,
     Places,
-    Reader,
     distilled,
     labelled,
     losses,
     masked,
     predictions,
-    reader_columns,
+    projection_columns,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RANKED_SHARE = 0.25  # of the search part's samples
 LOOKS = 8  # how often a measurement of many batches is compared with its limit
-Gone = dict[str, set[int]]  # name of a prunable module -> heads or neurons that are removed
+RemovedUnits = dict[str, set[int]]  # name of a prunable module -> heads or neurons that are removed
 
 
 class Losses(NamedTuple):
@@ -56,7 +56,7 @@ class Trials:
     """Measures the model with parts removed. Streams of the last trial are reused up to the first changed block."""
 
     model: RunnableModel
-    sites: Sequence[PrunableModule]
+    prunables: Sequence[PrunableModule]
     places: Places
     rows: list[int]  # samples of each batch
     each: torch.Tensor  # (samples,) predictions of a sample
@@ -64,10 +64,10 @@ class Trials:
     ranking: list[int]  # batches of the ranking
     objective: Loss
     streams: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch: before each block and after all
-    gone: dict[int, Gone] = field(default_factory=dict)  # batch -> what its streams are without
+    removed: dict[int, RemovedUnits] = field(default_factory=dict)  # batch -> what its streams are without
 
     @classmethod
-    def of(cls, model: RunnableModel, sites: Sequence[PrunableModule], loss: str, share: float) -> Trials:
+    def of(cls, model: RunnableModel, prunables: Sequence[PrunableModule], loss: str, share: float) -> Trials:
         """Prepare trials on both parts of the samples. raises PassError if a part would be empty"""
         model.keep_blocks(KEPT_BLOCK_BYTES)
         dense = Dense.of(model)
@@ -91,11 +91,13 @@ class Trials:
             if ranked < RANKED_SHARE * (total - confirming):
                 ranking.append(batch)
                 ranked += int((~chosen).sum())
-        readers = tuple(Reader(s.name, s.block + 1, s.output_projection, reader_columns(s.columns)) for s in sites)
+        projections = tuple(
+            MaskedProjection(s.name, s.block + 1, s.output_projection, projection_columns(s.columns)) for s in prunables
+        )
         streams = [[stream] for stream in dense.before]
         objective = distilled(model, dense) if loss == "distill" else labelled(model)
         counts = torch.tensor(each).repeat_interleave(torch.tensor(rows))
-        return cls(model, sites, Places(readers), rows, counts, confirms, ranking, objective, streams)
+        return cls(model, prunables, Places(projections), rows, counts, confirms, ranking, objective, streams)
 
     @property
     def is_sampled(self) -> bool:
@@ -118,7 +120,7 @@ class Trials:
         known = ~sums.isnan()
         return self.means(torch.where(known, sums, 0.0))._replace(measured=float(known.double().mean()))
 
-    def sums_within(self, gone: Gone, limit: Losses) -> torch.Tensor:
+    def sums_within(self, removed: RemovedUnits, limit: Losses) -> torch.Tensor:
         """(samples,) sums of losses of all samples, or NaN for those that aren't needed to see that the mean of a part
         is above its limit.
 
@@ -129,23 +131,23 @@ class Trials:
         at_once = max(1, len(order) // LOOKS)
         sums = torch.full((len(self.confirms),), math.nan, dtype=torch.float64)
         for start in range(0, len(order), at_once):
-            sums = torch.where(sums.isnan(), self.sums(gone, order[start : start + at_once]), sums)
+            sums = torch.where(sums.isnan(), self.sums(removed, order[start : start + at_once]), sums)
             if not self.least(sums).is_within(limit):
                 break
         return sums
 
-    def sums(self, gone: Gone, batches: Sequence[int]) -> torch.Tensor:
+    def sums(self, removed: RemovedUnits, batches: Sequence[int]) -> torch.Tensor:
         """(samples,) float64: the loss of each sample, summed over its predictions; NaN for those in other batches.
 
         A loss that is NaN counts as infinite.
         """
         masks = {}
-        for site in self.sites:
-            if gone.get(site.name):
-                masks[site.name] = torch.ones(1, site.units, device=self.model.device)
-                masks[site.name][0, sorted(gone[site.name])] = 0
+        for prunable in self.prunables:
+            if removed.get(prunable.name):
+                masks[prunable.name] = torch.ones(1, prunable.units, device=self.model.device)
+                masks[prunable.name][0, sorted(removed[prunable.name])] = 0
         draws = [Draw(batch, masks) for batch in batches]
-        self._advance(draws, gone)
+        self._advance(draws, removed)
         found = torch.full((len(self.confirms),), math.nan, dtype=torch.float64)
         parts = found.split(self.rows)
         with self.model.loaded(self.model.parts - 1):
@@ -155,13 +157,13 @@ class Trials:
                 parts[draw.batch].copy_(measured.nan_to_num(nan=math.inf, posinf=math.inf))
         return found
 
-    def _advance(self, draws: Sequence[Draw], gone: Gone) -> None:
+    def _advance(self, draws: Sequence[Draw], removed: RemovedUnits) -> None:
         """Run the blocks of each batch from the first one that differs from the batch's last trial."""
         for draw in draws:
-            streams, before = self.streams[draw.batch], self.gone.get(draw.batch, {})
-            differs = [s.block for s in self.sites if gone.get(s.name, set()) != before.get(s.name, set())]
+            streams, before = self.streams[draw.batch], self.removed.get(draw.batch, {})
+            differs = [s.block for s in self.prunables if removed.get(s.name, set()) != before.get(s.name, set())]
             del streams[min([*differs, len(streams) - 1]) + 1 :]
-            self.gone[draw.batch] = gone
+            self.removed[draw.batch] = removed
         for unit in range(min(len(self.streams[draw.batch]) for draw in draws), self.model.parts - 1):
             with self.model.loaded(unit), torch.no_grad():
                 for draw in draws:

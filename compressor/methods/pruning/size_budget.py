@@ -118,7 +118,7 @@ class _Move:
     whole: bool = False
 
 
-def cut(
+def prune_to_size(
     size: Size,
     scores: Mapping[str, Sequence[float]],
     target: int,
@@ -201,8 +201,8 @@ class _State:
             if name == STREAM:
                 total += len(units) * self.channel_weight()
             elif name not in self._removed:
-                gone = self.units[name] if move.whole else self.units[name] & set(units)
-                total += len(gone) * self._unit_weight(name) + move.whole * self._parts[name].rest
+                removed = self.units[name] if move.whole else self.units[name] & set(units)
+                total += len(removed) * self._unit_weight(name) + move.whole * self._parts[name].rest
         return total
 
     def drop(self, move: _Move) -> bool:

@@ -18,7 +18,7 @@ def group_width(weight: Weight, group_size: int) -> int:
     return weight.in_features if group_size == -1 else group_size
 
 
-def stored_form(bits: int, symmetric: bool, act_order_index: bool = False) -> str:
+def quantization_format(bits: int, symmetric: bool, act_order_index: bool = False) -> str:
     """The format's name: packed codes, except 8-bit codes with zero points, which are one per byte.
 
     Stock loaders read the latter in more cases, at equal size.
@@ -26,7 +26,7 @@ def stored_form(bits: int, symmetric: bool, act_order_index: bool = False) -> st
     return "byte_linear" if bits == 8 and not symmetric and not act_order_index else "packed_linear"
 
 
-def packed_spec(
+def packed_params(
     weight: Weight, bits: int, group_size: int, symmetric: bool, act_order_index: bool = False
 ) -> dict[str, Any]:
     """Format parameters. raises ShapeError if group_size doesn't divide the inputs
@@ -43,8 +43,8 @@ def packed_spec(
             hint=f"Set group_size to {advice}, or leave this weight out with `except`.",
             data={"group_size": group_size, "in_features": weight.in_features, "usable": [*map(int, usable), -1]},
         )
-    spec = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
-    return {**spec, "act_order_index": True} if act_order_index else spec
+    format_params = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    return {**format_params, "act_order_index": True} if act_order_index else format_params
 
 
 def store(
@@ -63,15 +63,20 @@ def store(
     from compressor.layers.byte_linear import ByteLinear
     from compressor.layers.packed_linear import PackedLinear
 
-    spec = packed_spec(weight, grid.bits, group_size, grid.symmetric)
+    format_params = packed_params(weight, grid.bits, group_size, grid.symmetric)
     codes = codes.reshape(weight.shape).to(torch.int8)
     scale = grid.scale.to(view.dtype)
     zero_point = None if grid.symmetric else grid.zero_point.to(torch.int8)
-    if zero_point is not None and stored_form(grid.bits, grid.symmetric, index is not None) == ByteLinear.form:
+    if (
+        zero_point is not None
+        and quantization_format(grid.bits, grid.symmetric, index is not None) == ByteLinear.format_name
+    ):
         tensors = {"weight": codes, "weight_scale": scale, "weight_zero_point": zero_point}
-        view.put(weight, ByteLinear.from_tensors(spec, {k: v.contiguous() for k, v in tensors.items()}), **record)
+        view.put(
+            weight, ByteLinear.from_tensors(format_params, {k: v.contiguous() for k, v in tensors.items()}), **record
+        )
         return
-    view.put(weight, PackedLinear.pack(codes, scale, zero_point, **spec, index=index), **record)
+    view.put(weight, PackedLinear.pack(codes, scale, zero_point, **format_params, index=index), **record)
 
 
 def store_nearest(

@@ -19,7 +19,7 @@ from compressor.model.residual_records import Residual, ResidualNorm
 
 
 @dataclass(frozen=True)
-class SiteShape:
+class SublayerShape:
     """reads   vectors that read this sublayer's stream: output rows of all its input projections
     writes  vectors that write to it: input columns of all its output projections, and one for each bias
     """
@@ -34,7 +34,7 @@ class StreamShape:
 
     width        of the stream, D
     embeddings   vectors that write to the stream before block 0: rows of embeddings, columns of convolutions, biases
-    sites        sublayers of all blocks, in order
+    sublayers        sublayers of all blocks, in order
     head         rows of the output head, which counts as a separate matrix
     kept         parameters that neither read nor write the stream: biases of input projections (with those for a
                  LayerNorm's shift), norms on heads, matrices inside a branch
@@ -44,7 +44,7 @@ class StreamShape:
 
     width: int
     embeddings: int
-    sites: tuple[SiteShape, ...]
+    sublayers: tuple[SublayerShape, ...]
     head: int
     kept: int
     norms: int
@@ -63,11 +63,11 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
         return prod(shapes[name]) // residual.width
 
     embeddings = sum(vectors(write.parameter) for write in residual.embeddings)
-    sites = []
+    sublayers = []
     for block in residual.blocks:
-        for site in block:
-            reads = sum(vectors(consumer.parameter) for norm in site.norms for consumer in norm.consumers)
-            sites.append(SiteShape(reads, sum(vectors(write.parameter) for write in site.writes)))
+        for sublayer in block:
+            reads = sum(vectors(consumer.parameter) for norm in sublayer.norms for consumer in norm.consumers)
+            sublayers.append(SublayerShape(reads, sum(vectors(write.parameter) for write in sublayer.writes)))
     head = sum(vectors(consumer.parameter) for consumer in residual.end.consumers)
     made = 0  # new biases for a norm's shift
     norms = tuple(residual.norms())
@@ -77,7 +77,7 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
             made += sum(prod(shapes[r.parameter]) // residual.width for r in norm.consumers if r.bias is None)
     kept = made + sum(prod(shape) for name, shape in shapes.items() if name not in touching)
     end_norm = (residual.end.formula.has_weight + residual.end.formula.has_bias) * residual.width
-    return StreamShape(residual.width, embeddings, tuple(sites), head, kept, len(norms), end_norm)
+    return StreamShape(residual.width, embeddings, tuple(sublayers), head, kept, len(norms), end_norm)
 
 
 def kept_width(width: int, sparsity: float, round_to: int = 1) -> int:
@@ -88,7 +88,7 @@ def kept_width(width: int, sparsity: float, round_to: int = 1) -> int:
 
 def uniform_widths(shape: StreamShape, width: int, *, head_sliced: bool = False) -> tuple[int, ...]:
     """`width` at every sublayer, and at the end either `width` or the whole width."""
-    return (width,) * len(shape.sites) + (width if head_sliced else shape.width,)
+    return (width,) * len(shape.sublayers) + (width if head_sliced else shape.width,)
 
 
 def staggered_widths(shape: StreamShape, width: int, step: int) -> tuple[int, ...]:
@@ -96,10 +96,10 @@ def staggered_widths(shape: StreamShape, width: int, step: int) -> tuple[int, ..
 
     They are `width`, and one and two steps less, as far as at least one direction stays.
     """
-    return (*(max(width - at % 3 * step, 1) for at in range(len(shape.sites))), shape.width)
+    return (*(max(width - at % 3 * step, 1) for at in range(len(shape.sublayers))), shape.width)
 
 
-def per_site_parameters(
+def per_sublayer_parameters(
     shape: StreamShape,
     widths: Sequence[int],
     *,
@@ -108,18 +108,18 @@ def per_site_parameters(
 ) -> int:
     """Parameters of a model with a rotation for each sublayer, and a matrix (w_k, w_k+1) on its residual path.
 
-    widths     at each sublayer and, last, before the output head: len(sites) + 1 numbers
+    widths     at each sublayer and, last, before the output head: len(sublayers) + 1 numbers
     embedding  slice: narrower embeddings and a separate output head; project: whole embeddings, then a matrix (D, w_0),
                and an output head in the original basis after the last norm with its gain
     tied       with project: output head and embedding stay tied
     """
-    if len(widths) != len(shape.sites) + 1:
-        raise ValueError(f"{len(widths)} widths for {len(shape.sites)} sublayers and the output head")
+    if len(widths) != len(shape.sublayers) + 1:
+        raise ValueError(f"{len(widths)} widths for {len(shape.sublayers)} sublayers and the output head")
     if embedding == "project" and widths[-1] != shape.width:
         raise ValueError("a projected embedding keeps the output head in the original basis, at its full width")
     total = shape.kept
-    for site, width, following in zip(shape.sites, widths, widths[1:]):
-        total += site.reads * width + site.writes * following + width * following
+    for sublayer, width, following in zip(shape.sublayers, widths, widths[1:]):
+        total += sublayer.reads * width + sublayer.writes * following + width * following
     if embedding == "slice":
         return total + shape.embeddings * widths[0] + shape.head * widths[-1]
     head = 0 if tied else shape.head * shape.width
@@ -128,7 +128,7 @@ def per_site_parameters(
 
 def global_parameters(shape: StreamShape, width: int) -> int:
     """Parameters of a model with one rotation: no matrices on the residual path, and a constant gain in every norm."""
-    vectors = shape.embeddings + shape.head + sum(site.reads + site.writes for site in shape.sites)
+    vectors = shape.embeddings + shape.head + sum(sublayer.reads + sublayer.writes for sublayer in shape.sublayers)
     return shape.kept + (vectors + shape.norms) * width
 
 
@@ -148,7 +148,7 @@ def scheduled_widths(
     raises   ValueError if even the smallest widths have more parameters
     """
     full = shape.width - shape.width % round_to
-    widths = [*([full] * len(shape.sites)), shape.width]
+    widths = [*([full] * len(shape.sublayers)), shape.width]
     tails = []
     for values in spectra:
         share = torch.as_tensor(values, dtype=torch.float64).clamp_min(0)
@@ -156,15 +156,18 @@ def scheduled_widths(
         tails.append(
             [*share.flip(0).cumsum(0).flip(0).tolist(), 0.0]
         )  # [w]: the variance that is lost if w directions stay
-    count = per_site_parameters(shape, widths)
+    count = per_sublayer_parameters(shape, widths)
 
     def saved(at: int) -> int:
         """Parameters that are saved by round_to fewer directions at one sublayer."""
-        site, before = shape.sites[at], shape.sites[at - 1].writes + widths[at - 1] if at else shape.embeddings
-        return round_to * (site.reads + before + widths[at + 1])
+        sublayer, before = (
+            shape.sublayers[at],
+            shape.sublayers[at - 1].writes + widths[at - 1] if at else shape.embeddings,
+        )
+        return round_to * (sublayer.reads + before + widths[at + 1])
 
     while count > budget:
-        able = [at for at in range(len(shape.sites)) if widths[at] - round_to >= least]
+        able = [at for at in range(len(shape.sublayers)) if widths[at] - round_to >= least]
         if not able:
             raise ValueError(f"{count:,} parameters are left at the least widths, {budget:,} are allowed")
         lost = {at: tails[at][widths[at] - round_to] - tails[at][widths[at]] for at in able}
@@ -174,13 +177,13 @@ def scheduled_widths(
     return tuple(widths)
 
 
-def per_site_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redefinition:
+def per_sublayer_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redefinition:
     """Blocks with matrices on the residual path, norms that divide by the old width, and an output head of full width.
 
     widths  at each sublayer and, last, before the output head
     """
     residual = model.residual
-    sites = [site for block in residual.blocks for site in block]
+    sublayers = [sublayer for block in residual.blocks for sublayer in block]
     shapes: dict[str, tuple[int, ...] | None] = {}
     modules: dict[str, Any] = dict(model.config.get("compressed_modules") or {})
 
@@ -188,18 +191,18 @@ def per_site_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redefinit
         shapes[name] = _resized(model.shapes[name], axis, width)
 
     def strip(norm: ResidualNorm, width: int) -> None:
-        spec = {"width": residual.width, "eps": norm.formula.eps}
-        modules[norm.module] = {"form": "rms_norm", "spec": spec, "shape": [width]}
+        format_params = {"width": residual.width, "eps": norm.formula.eps}
+        modules[norm.module] = {"form": "rms_norm", "spec": format_params, "shape": [width]}
         shapes.update({f"{norm.module}.weight": None} if norm.formula.has_weight else {})
 
     for write in residual.embeddings:
         narrow(write.parameter, write.axis, widths[0])
-    for site, width, following in zip(sites, widths, widths[1:]):
-        for norm in site.norms:
+    for sublayer, width, following in zip(sublayers, widths, widths[1:]):
+        for norm in sublayer.norms:
             strip(norm, width)
             for consumer in norm.consumers:
                 narrow(consumer.parameter, consumer.axis, width)
-        for write in site.writes:
+        for write in sublayer.writes:
             narrow(write.parameter, write.axis, following)
     strip(residual.end, residual.width)
     per_block, at = [], 0
@@ -207,9 +210,9 @@ def per_site_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redefinit
         per_block.append(list(widths[at : at + len(block) + 1]))
         at += len(block)
     held = {name: list(shape) for name, shape in shapes.items() if shape is not None}
-    for number, (spec, shape) in enumerate(zip(model.branches(per_block), per_block)):
+    for number, (format_params, shape) in enumerate(zip(model.branches(per_block), per_block)):
         path = f"{model.blocks}.{number}"
-        modules[path] = {"form": "rotated_block", "spec": spec, "shape": shape}
+        modules[path] = {"form": "rotated_block", "spec": format_params, "shape": shape}
         shapes |= {f"{path}.shortcut_{n}": (shape[n], shape[n + 1]) for n in range(len(shape) - 1)}
     before = model.config.get("compressed_shapes") or {}
     config = {"compressed_shapes": {**before, **held}, "compressed_modules": modules}
