@@ -19,8 +19,8 @@ from compressor.engine.choice_view import ModelView
 from compressor.engine.plan import make_plan
 from compressor.errors import Interrupted
 from compressor.methods.rotation.sliced_shapes import (
-    SublayerShape,
     StreamShape,
+    SublayerShape,
     per_sublayer_parameters,
     scheduled_widths,
     uniform_widths,
@@ -121,7 +121,7 @@ def test_widths_by_variance_stay_within_the_size_of_one_width_and_lose_less(mode
 
 def test_scheduled_widths_are_the_best_of_all_where_sizes_add_up():
     """Without shortcut matrices to speak of, greedy is exact: compare with every combination."""
-    shape = StreamShape(6, 200, (SublayerShape(300, 500), SublayerShape(700, 200), SublayerShape(400, 300)), 11, 6, 4, 6)
+    shape = StreamShape(6, 200, tuple(SublayerShape(*s) for s in ((300, 500), (700, 200), (400, 300))), 11, 6, 4, 6)
     spectra = [[8, 4, 2, 1, 0.5, 0.25], [5, 5, 1, 1, 0.1, 0], [9, 1, 0.4, 0.3, 0.2, 0.1]]
 
     def lost(widths):

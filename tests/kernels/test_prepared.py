@@ -56,7 +56,7 @@ def test_a_prepared_layer_multiplies_as_its_quantization_format(bits, symmetric)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
-@pytest.mark.parametrize("form", ["packed", "blocks", "atoms"])
+@pytest.mark.parametrize("format_name", ["packed", "blocks", "atoms"])
 @pytest.mark.parametrize("flushes", [False, True])
 def test_kernels_read_subnormal_float16_numbers(format_name, rows, flushes):
     """Also where the process treats float32's own subnormals as zero: float16's aren't among those."""
