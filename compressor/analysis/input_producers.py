@@ -37,7 +37,7 @@ from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.lifting import Unliftable, factor, found_on_narrow, run_of
 from compressor.analysis.perturbation import InDouble
 from compressor.model.block_runner import Call, Pieces, hidden_of
-from compressor.model.module_names import renumbered
+from compressor.model.module_names import with_prefix
 from compressor.model.narrow_probe import Probe
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
@@ -105,7 +105,7 @@ def producers_of(producers: Producers, structure: Structure, part: int) -> tuple
 
 def _renamed(producer: Producer, prefix: str) -> Producer:
     def full(scaled: Sequence[ScaledParameter]) -> tuple[ScaledParameter, ...]:
-        return tuple(replace(one, parameter=renumbered(one.parameter, "", prefix)) for one in scaled)
+        return tuple(replace(one, parameter=with_prefix(one.parameter, "", prefix)) for one in scaled)
 
     return replace(
         producer, name=prefix + producer.name, makers=full(producer.makers), consumers=full(producer.consumers)

@@ -43,7 +43,7 @@ from compressor.errors import Because, ModelError, values_of
 from compressor.layers.structural.removed import Removed
 from compressor.model.block_runner import Pieces
 from compressor.model.facts import KINDS, PrunableModule
-from compressor.model.module_names import renumbered
+from compressor.model.module_names import with_prefix
 from compressor.model.narrow_probe import Probe
 from compressor.model.plain_attention import observed_plain_attention
 from compressor.model.probe_model import Kind, example_batch, make_probe_model, signature
@@ -103,7 +103,7 @@ def find_prunable(
                 where, why = seen.refused[at, kind]
                 raise ModelError(
                     f"its {kind} can't be pruned: {why}",
-                    where=renumbered(where, f"{path}.{at}", f"{path}.{index}"),
+                    where=with_prefix(where, f"{path}.{at}", f"{path}.{index}"),
                     hint=f"Leave {kind} out of vtrans' `sites`; where the pass is greedy_removal, leave the pass out.",
                     data={"reason": "not-prunable", "kind": kind, "because": values_of(why)},
                 )
@@ -134,7 +134,7 @@ def _find_in_probe(probe: PreTrainedModel, path: str, groups: Sequence[Sequence[
                 old, new = f"{path}.{at}.", f"{path}.{index}."
                 found += [_renamed(prunable, old, new, index, probe) for prunable in found if prunable.block == at]
                 refused |= {
-                    (index, k): (renumbered(w, f"{path}.{at}", f"{path}.{index}"), y)
+                    (index, k): (with_prefix(w, f"{path}.{at}", f"{path}.{index}"), y)
                     for (b, k), (w, y) in list(refused.items())
                     if b == at
                 }
@@ -245,7 +245,7 @@ def _renamed(prunable: PrunableModule, old: str, new: str, block: int, model: Pr
     """The same prunable module of another block: the prefix `old` of every name becomes `new`."""
 
     def name(full: str) -> str:
-        return renumbered(full, old, new)
+        return with_prefix(full, old, new)
 
     attributes = {name(path): numbers for path, numbers in prunable.layout.attributes.items()}
     removal = prunable.layout.removal

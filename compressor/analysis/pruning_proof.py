@@ -28,6 +28,7 @@ from compressor.methods.pruning.pruned_shapes import kept_slices, kept_units, re
 from compressor.model.block_runner import Pieces, output_of
 from compressor.model.facts import KINDS, Decision, PrunableModule, UnitsInConfig
 from compressor.model.families import FFN_WIDTH_KEYS
+from compressor.model.module_names import renumbered_after_removal
 from compressor.model.probe_model import PROBE_SEED, example_batch, make_probe_model
 from compressor.model.redefined_structure import REFUSALS
 from compressor.model.reshaped_class import is_reshaped
@@ -115,20 +116,14 @@ def _counts_on(probe: PreTrainedModel, path: str, prunables: Sequence[PrunableMo
 
     def shorter(*_: Any) -> PreTrainedModel:
         made = make_probe_model(type(probe), config, torch.device("cpu"), torch.float64)
+        kept = [index for index in range(count) if index != removed]
         values = {}
         for name, value in probe.named_parameters(remove_duplicate=False):
             if not name.startswith(f"{path}.{removed}."):
-                values[_renumbered(name, path, removed)] = value
+                values[renumbered_after_removal(name, path, kept)] = value
         return _filled(made, values)
 
     return _difference(probe, prunables, _nothing(prunables), shorter) is None
-
-
-def _renumbered(name: str, path: str, removed: int) -> str:
-    if not name.startswith(path + "."):
-        return name
-    number, _, rest = name.removeprefix(path + ".").partition(".")
-    return f"{path}.{int(number) - (int(number) > removed)}.{rest}"
 
 
 def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -23,6 +23,7 @@ from torch import Tensor
 from compressor.artifact.memory_needs import CHUNK_BYTES
 from compressor.errors import ModelError
 from compressor.evaluation.sections import MetricRow
+from compressor.methods.divergence import kl_divergence
 
 BOOTSTRAP_DRAWS = 1000
 BOTH_ENDS = (0.025, 0.975)  # quantiles of the 95 % interval
@@ -101,8 +102,7 @@ def next_token_sums(before: Tensor | None, after: Tensor, targets: Tensor) -> di
         if before is not None:
             first, second = logs["before"], logs["after"]
             values.setdefault("agree", []).append((first.argmax(-1) == second.argmax(-1)).double().sum(0, keepdim=True))
-            divergence = (first.exp() * (first - second)).sum(-1).double().sum(0, keepdim=True)
-            values.setdefault("kl", []).append(divergence)
+            values.setdefault("kl", []).append(kl_divergence(first, second).double().sum(0, keepdim=True))
     return {key: torch.stack(parts).sum(0) for key, parts in values.items()}
 
 
@@ -124,8 +124,7 @@ def _class_sums(before: Tensor | None, after: Tensor, labels: Tensor | None) -> 
     """Sums from logits for each sample (batch, classes)."""
     result: dict[str, Tensor] = {}
     if before is not None:
-        first, second = F.log_softmax(before, -1), F.log_softmax(after, -1)
-        result["kl"] = (first.exp() * (first - second)).sum(-1)
+        result["kl"] = kl_divergence(F.log_softmax(before, -1), F.log_softmax(after, -1))
         result["agree"] = (before.argmax(-1) == after.argmax(-1)).double()
         result["count"] = torch.ones(len(after))
     if labels is not None:

@@ -8,26 +8,18 @@ from compressor.protocol.work import Work
 PASSES_OVER_LOGITS = 12  # two log-softmax, their difference and its sum; and the dense model's logits
 
 
-def divergence_terms(dense: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
-    """(..., classes): p (log p - log q), whose sum over the classes is KL(dense || compressed), in nats.
+def kl_divergence(
+    dense: torch.Tensor, compressed: torch.Tensor, working: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """(...,) KL(dense || compressed) in nats: the sum of p (log p - log q) over the classes.
 
-    dense, compressed  (..., classes) logits
+    dense, compressed  (..., classes) log-probabilities log p and log q
+    working            None, or where no gradients are needed two tensors of their shape: the first one receives p, and
+                       the second one, which may be `dense` itself, is overwritten
     """
-    before, after = dense.log_softmax(-1), compressed.log_softmax(-1)
-    return before.exp() * (before - after)
-
-
-def divergences(dense: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
-    """(...,) KL(dense || compressed) in nats, float32 or wider. Gradients flow to `compressed` only.
-
-    The sum of `divergence_terms` over the classes. A few predictions are computed at a time, and no copy of the logits
-    is made for the gradient but the gradient itself.
-
-    dense, compressed  (..., classes) logits
-    """
-    from compressor.methods.divergence_gradient import Divergences  # it imports torch, and settings load without torch
-
-    return Divergences.apply(dense, compressed)
+    probabilities, terms = working or (None, None)
+    p = torch.exp(dense, out=probabilities)
+    return torch.mul(p, torch.sub(dense, compressed, out=terms), out=terms).sum(-1)
 
 
 def divergence_work(tokens: float, vocabulary: int) -> Work:

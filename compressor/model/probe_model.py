@@ -14,7 +14,7 @@ from compressor.errors import ModelError, PreflightError
 from compressor.model.block_runner import Batch, Pieces
 from compressor.model.load_dtypes import hold_as_loaded
 from compressor.model.meta_init import quick_on_meta
-from compressor.model.module_names import is_inside, renumbered
+from compressor.model.module_names import is_inside, with_prefix
 from compressor.model.reshaped_class import is_reshaped, reshaping
 
 PROBE_TOKENS = 12
@@ -60,7 +60,7 @@ def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: 
         for entries in reshaping(shallow):
             for name in [name for name in entries if is_inside(name, new)]:
                 del entries[name]
-            moved = {renumbered(name, old, new): entry for name, entry in entries.items() if is_inside(name, old)}
+            moved = {with_prefix(name, old, new): entry for name, entry in entries.items() if is_inside(name, old)}
             entries.update(moved)
     return shallow
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from compressor.errors import Because, CompressError, ModelError, PreflightError
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.facts import Redefinition
 from compressor.model.model_building import empty_on_meta, most_modules
+from compressor.model.module_names import renumbered_after_removal
 from compressor.model.probe_model import make_probe_model
 from compressor.model.reshaped_class import class_for, stock_class
 from compressor.model.structure import Structure, structure_of
@@ -63,14 +63,14 @@ def redefined(structure: Structure, redefinition: Redefinition) -> Structure:
         shape = redefinition.shapes.get(name, before)
         if shape is not None:
             found = _tensor_infos(structure, name, before, shape)
-            tensors |= {renumbered(tensor, structure, redefinition): info for tensor, info in found.items()}
+            tensors |= {_renumbered(tensor, structure, redefinition): info for tensor, info in found.items()}
     for name, shape in redefinition.shapes.items():
         if name not in structure.bindings.sources and shape is not None:
-            tensors[renumbered(name, structure, redefinition)] = _info(structure, name, shape)
+            tensors[_renumbered(name, structure, redefinition)] = _info(structure, name, shape)
     if not config.get("tie_word_embeddings", True):  # then everything that shared a tensor has one of its own
         for name, origin in structure.bindings.tied.items():
             shape = redefinition.shapes.get(name) or redefinition.shapes.get(origin) or tuple(held[origin].shape)
-            tensors.setdefault(renumbered(name, structure, redefinition), _info(structure, name, shape))
+            tensors.setdefault(_renumbered(name, structure, redefinition), _info(structure, name, shape))
     return _reclassed(structure, replace(structure.checkpoint, config=config, tensors=tensors))
 
 
@@ -94,14 +94,11 @@ def _config_after(structure: Structure, redefinition: Redefinition) -> dict[str,
     return config
 
 
-def renumbered(name: str, structure: Structure, redefinition: Redefinition) -> str:
+def _renumbered(name: str, structure: Structure, redefinition: Redefinition) -> str:
     """The new name of a parameter or tensor of a block that stays, when the model has fewer blocks."""
     if redefinition.blocks is None:
         return name
-    place = re.search(rf"(^|\.){re.escape(structure.pieces.blocks_path.rpartition('.')[2])}\.(\d+)\.", name)
-    if place is None:
-        return name
-    return f"{name[: place.start(2)]}{redefinition.blocks.index(int(place[2]))}{name[place.end(2) :]}"
+    return renumbered_after_removal(name, structure.pieces.blocks_path.rpartition(".")[2], redefinition.blocks)
 
 
 def is_splittable(structure: Structure, name: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from compressor.model.module_names import renumbered
+from compressor.model.module_names import with_prefix
 from compressor.model.norms import Norm
 
 
@@ -90,7 +90,7 @@ def renamed(sublayer: ResidualSublayer, old: str, new: str) -> ResidualSublayer:
     """The same sublayer of another block: the prefix `old` of every name becomes `new`."""
 
     def name(full: str) -> str:
-        return renumbered(full, old, new)
+        return with_prefix(full, old, new)
 
     norms = tuple(
         replace(

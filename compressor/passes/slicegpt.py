@@ -49,7 +49,7 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.errors import CompressError, PreflightError
 from compressor.lazy import torch
-from compressor.methods.divergence import divergence_terms, divergence_work
+from compressor.methods.divergence import divergence_work, kl_divergence
 from compressor.methods.rotation.counted_work import (
     axes_work,
     changed_bytes,
@@ -441,7 +441,7 @@ def _divergence(model: RunnableModel, wanted: list[torch.Tensor], found: list[to
             with torch.no_grad():
                 p, q = (model.output_head(batch, hidden[chosen], chosen).double() for hidden in (first, second))
             if model.facts.residual.end.consumers:
-                errors = divergence_terms(p, q).sum(-1)
+                errors = kl_divergence(p.log_softmax(-1), q.log_softmax(-1))
             else:
                 errors = (p - q).square().sum(-1) / p.square().sum(-1)
             total, count = total + float(errors.sum()), count + errors.numel()

@@ -43,7 +43,7 @@ from compressor.bounds import MOST, Count
 from compressor.errors import PassError, PreflightError
 from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
-from compressor.methods.divergence import divergence_terms
+from compressor.methods.divergence import kl_divergence
 from compressor.protocol import (
     DataSize,
     Decision,
@@ -515,4 +515,4 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """(samples,): KL of two output distributions, or distance of pooled embeddings (samples, 1, d)."""
     if expected.dim() == 3:
         return 1 - torch.nn.functional.cosine_similarity(expected, found, dim=-1).flatten()
-    return divergence_terms(expected, found).sum(-1)
+    return kl_divergence(expected.log_softmax(-1), found.log_softmax(-1))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import PassError
 from compressor.lazy import torch
-from compressor.methods.divergence import divergences
 from compressor.methods.pruning.size_budget import STREAM
 
 if TYPE_CHECKING:
@@ -299,6 +298,8 @@ def _is_hidden(output: torch.Tensor, stream: torch.Tensor) -> bool:
 
 
 def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    from compressor.methods.divergence_gradient import divergences  # it imports torch, and settings load without torch
+
     return divergences(wanted, found).reshape(len(found), -1).sum(1)
 
 
