@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +32,7 @@ from compressor.layers.structural.rotated_block import ARGUMENT, CONSTANT, INPUT
 from compressor.model.block_runner import Batch, Call, Pieces, output_of
 from compressor.model.narrow_probe import Probe
 from compressor.model.probe_model import Kind, example_batch, signature
+from compressor.model.recorded_modules import recorded_outputs
 from compressor.model.residual_records import InputProjection, Residual, ResidualNorm, ResidualSublayer, ResidualWrite
 from compressor.model.structure import Structure
 
@@ -361,11 +361,9 @@ def _stream(model: PreTrainedModel, path: str, batch: Batch, outputs: list[Tenso
     """The output of each block of a run, and of the model; they are appended to `outputs` during the run."""
     outputs = [] if outputs is None else outputs
 
-    def keep(_module: nn.Module, _args: Any, out: Any) -> None:
-        outputs.append((out[0] if isinstance(out, tuple) else out).clone())
+    def keep(output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).clone())
 
-    with ExitStack() as stack:
-        for block in Pieces(model, path).blocks:
-            stack.callback(block.register_forward_hook(keep).remove)
+    with recorded_outputs(dict(enumerate(Pieces(model, path).blocks)), keep):
         outputs.append(output_of(model(**batch)))
     return outputs

@@ -19,6 +19,7 @@ from compressor.model.norms import describe_norm
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.plain_attention import ObservedAttention
 from compressor.model.probe_model import PROBE_SEED
+from compressor.model.recorded_modules import recorded_outputs
 from compressor.model.tracing import Product
 
 ROUNDS = 4  # inputs tried until every row of a matrix has shown its unit: half the units of a ReLU are 0 for a token
@@ -319,20 +320,14 @@ class Finder:
 
     def _outputs(self, paths: Sequence[str]) -> dict[str, tuple[Tensor, int | None]]:
         """The outputs of modules: the tensor, or the first of a tuple, and the length of the tuple."""
-        found: dict[str, tuple[Tensor, int | None]] = {}
 
-        def hook(path: str) -> Callable[..., None]:
-            def keep(_module: nn.Module, _args: Any, out: Any) -> None:
-                found[path] = (out[0], len(out)) if isinstance(out, tuple) else (out, None)
+        def keep(output: Any) -> tuple[Tensor, int | None]:
+            return (output[0], len(output)) if isinstance(output, tuple) else (output, None)
 
-            return keep
-
-        handles = [self.block.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
-        with torch.no_grad():
+        modules = {path: self.block.get_submodule(path) for path in paths}
+        with recorded_outputs(modules, keep) as seen, torch.no_grad():
             self._run(self.inputs[0])
-        for handle in handles:
-            handle.remove()
-        return found
+        return dict(seen)
 
 
 def _owner(parameter: str) -> str:

@@ -41,6 +41,7 @@ from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.empty_model import bound_model
 from compressor.model.model_class import class_of, config_and_class
+from compressor.model.module_names import tensor_named
 from compressor.model.quantized_source import load_dequantized
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, relative_distance
@@ -157,7 +158,7 @@ class Prints:
         streamed = streamed_of(self.model)
         assert streamed is not None
         for name in filter(self._lacks, streamed.parts.get(part, ())):
-            self.found[name] = _print(_value(self.model, name))
+            self.found[name] = _print(tensor_named(self.model, name))
 
 
 def unchanged(manifest: Manifest) -> Callable[[str], bool]:
@@ -166,11 +167,6 @@ def unchanged(manifest: Manifest) -> Callable[[str], bool]:
     changed = _stored_parameters(formats) | _rewritten(manifest).keys()
     functions = tuple(_module(stored.weight) + "." for stored in formats if stored.weight.is_function)
     return lambda name: name not in changed and not name.startswith(functions)
-
-
-def _value(model: Any, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
 
 
 def ties_of(model: Any) -> set[frozenset[str]]:
@@ -349,9 +345,8 @@ def put_layers(source: Any, own: Any, manifest: Manifest) -> None:
         _lend_layers(source, own, manifest)
         return
     for name in _rewritten(manifest):
-        owner, _, leaf = name.rpartition(".")
-        _fetch(source.get_submodule(owner))
-        getattr(source.get_submodule(owner), leaf).data.copy_(own.get_parameter(name))
+        _fetch(source.get_submodule(name.rpartition(".")[0]))
+        tensor_named(source, name).data.copy_(own.get_parameter(name))
     formats = [StoredWeight.from_dict(entry) for entry in manifest["weights"].values()]
     for kind in sorted({stored.format_name for stored in formats}):
         find_layer(kind).prepare(source)
@@ -504,10 +499,8 @@ def _each_held(model: Any, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]
 @contextmanager
 def _held(model: Any, name: str) -> Iterator[Tensor]:
     """A parameter or buffer of a model, loaded from disk if it lies there."""
-    with _present(model, name):
-        owner, _, leaf = name.rpartition(".")
-        with align_module_device(model.get_submodule(owner)):
-            yield getattr(model.get_submodule(owner), leaf).detach()
+    with _present(model, name), align_module_device(model.get_submodule(name.rpartition(".")[0])):
+        yield tensor_named(model, name).detach()
 
 
 @contextmanager

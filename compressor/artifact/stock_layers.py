@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.artifact.manifest import Manifest
+from compressor.model.recorded_modules import first_argument, recorded_inputs
 
 Forward = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # as `stock_formats.Family.forward`
 
@@ -39,20 +40,10 @@ def compare_layers(
 
 def _layer_inputs(model: Any, names: Sequence[str], inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The first input that each of these modules reads in one forward pass."""
-    read: dict[str, Tensor] = {}
-
-    def keep_input(name: str) -> Any:
-        def hook(module: Any, args: Any) -> None:
-            read.setdefault(name, args[0])
-
-        return hook
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(keep_input(name)) for name in names]
-    with torch.no_grad():
+    modules = {name: model.get_submodule(name) for name in names}
+    with recorded_inputs(modules, first_argument) as seen, torch.no_grad():
         model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return read
+    return dict(reversed(seen))
 
 
 def _parameter_problems(stock: Any, own: Any) -> list[str]:

@@ -26,22 +26,18 @@ from compressor.model.stored_weight import StoredWeight, has_experts
 from compressor.model.structure import Structure
 from compressor.model.unused_tensors import Unused
 from compressor.storage.file_names import MANIFEST
-from compressor.storage.safetensors_file import NAMES, Entry, TensorInfo, read_header, read_pieces, write_file
+from compressor.storage.safetensors_file import Entry, HasDtype, TensorInfo, read_header, read_pieces, write_file
 
 
 @dataclass(frozen=True)
-class Named:
+class Named(HasDtype):
     """A tensor of the result before it is assigned to a file."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
-    small: str | None = None  # see TensorInfo
-
-    @property
-    def stored_as(self) -> str:
-        return self.small or NAMES[self.dtype]
+    small: str | None = None
 
 
 def assign_shards(tensors: Sequence[Named], shard_bytes: int) -> dict[str, list[str]]:

@@ -28,6 +28,7 @@ from compressor.model.block_runner import Stop
 from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.observed_matmul import ObservedMatmul
 from compressor.model.probe_model import signature
+from compressor.model.recorded_modules import first_argument, recorded_inputs
 from compressor.model.stored_weight import StoredWeight, relative_distance
 from compressor.model.structure import Structure
 from compressor.model.weights import Group, Producer, Stage, Weight
@@ -293,28 +294,22 @@ class BlockView:
         """(group number, input of its module) for each batch and call: token ids (tokens,) of an embedding, or inputs
         (tokens, width) of a function.
         """
-        found: list[tuple[int, Tensor]] = []
-        handles = []
-        for number, group in enumerate(stage):
-            weight = group.weights[0]
-            module = self.structure.model.get_submodule(weight.parameter.removesuffix(".weight"))
+        modules = {
+            number: self.structure.model.get_submodule(group.weights[0].parameter.removesuffix(".weight"))
+            for number, group in enumerate(stage)
+        }
 
-            def note(_module: Any, args: tuple[Any, ...], number: int = number, weight: Weight = weight) -> None:
-                x = args[0]
-                found.append((number, x.reshape(-1, x.shape[-1]) if weight.is_function else x.reshape(-1)))
+        def flat(number: int, x: Tensor) -> Tensor:
+            return x.reshape(-1, x.shape[-1]) if stage[number].weights[0].is_function else x.reshape(-1)
 
-            handles.append(module.register_forward_pre_hook(note))
-        try:
+        with recorded_inputs(modules, first_argument) as seen:
             for batch in self.calibration:
-                found.clear()
+                seen.clear()
                 if self.number == 0:
                     self.structure.pieces.embeddings(batch.inputs)
                 else:
                     run_part(self.structure, self.number, batch)
-                yield from found
-        finally:
-            for handle in handles:
-                handle.remove()
+                yield from ((number, flat(number, x)) for number, x in seen)
 
     def _forget_unread(self, batch: CalibrationBatch, parameter: str, pause: Pause) -> None:
         """Keep only the tensors that the rest of the block reads, if the probe batch makes the same calls."""

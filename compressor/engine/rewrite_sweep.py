@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,8 @@ from compressor.engine.line_facts import LineFacts
 from compressor.engine.walk import Holder, Part, part_event, walk
 from compressor.errors import Notice, PassError
 from compressor.model.facts import ModelFacts, Redefinition
+from compressor.model.module_names import tensor_named
+from compressor.model.recorded_modules import recorded_inputs
 from compressor.model.redefined_structure import split_parameter
 from compressor.model.residual_records import Residual, ResidualNorm, ResidualSublayer
 from compressor.model.structure import Structure, read_structure
@@ -75,12 +76,12 @@ class PartView:
     def read(self, parameter: str) -> Tensor:
         value = self.written.get(parameter)
         if value is None:
-            value = _value(self.structure, parameter)
+            value = tensor_named(self.structure.model, parameter).data
         return value.made(torch.float64) if isinstance(value, Changed) else value.to(torch.float64)
 
     def write(self, parameter: str, value: Tensor) -> None:
         assert self.is_open, "nothing can be written while a pass surveys"
-        expected = self.redefinition.shapes.get(parameter) or tuple(_value(self.structure, parameter).shape)
+        expected = self.redefinition.shapes.get(parameter) or tuple(tensor_named(self.structure.model, parameter).shape)
         assert tuple(value.shape) == expected, f"{parameter}: {tuple(value.shape)}, {expected} was planned"
         self.written[parameter] = value
 
@@ -90,7 +91,7 @@ class PartView:
         if isinstance(value, Changed) and value.axis == axis:
             self.written[parameter] = value.then(change)
             return
-        before = _value(self.structure, parameter) if value is None else self.read(parameter)
+        before = tensor_named(self.structure.model, parameter).data if value is None else self.read(parameter)
         self.written[parameter] = Changed(before, (change,), axis)
 
     def warn(self, code: str, where: str, message: str) -> None:
@@ -107,22 +108,12 @@ class PartView:
             yield found
 
     def inputs_of(self, modules: Sequence[str]) -> Iterator[list[Tensor]]:
-        caught: dict[str, Tensor] = {}
-
-        def catch(module: str) -> Callable[[Any, tuple[Any, ...]], None]:
-            def hook(_module: Any, args: tuple[Any, ...]) -> None:
-                caught.setdefault(module, args[0].reshape(-1, args[0].shape[-1]))
-
-            return hook
-
-        with ExitStack() as stack:
-            for module in modules:
-                watched = self.structure.model.get_submodule(module)
-                stack.callback(watched.register_forward_pre_hook(catch(module)).remove)
+        watched = {module: self.structure.model.get_submodule(module) for module in modules}
+        with recorded_inputs(watched, lambda args, _: args[0].reshape(-1, args[0].shape[-1])) as seen:
             for batch in self.batches:
-                caught.clear()
+                seen.clear()
                 run_part(self.structure, self.number, batch)
-                yield [caught[module] for module in modules]
+                yield list(map(dict(reversed(seen)).__getitem__, modules))  # the first input of each
 
     def projected(self, bases: Sequence[Tensor]) -> Iterator[Tensor]:
         for batch in self.batches:
@@ -327,7 +318,7 @@ def _part_tensors(work: Reshaper, part: int, view: PartView) -> dict[str, Tensor
     planned = work.planned
     tensors: dict[str, Tensor] = {}
     for name, now in _parameters_of(work, part).items():
-        value = view.written[name] if name in view.written else _value(work.structure, name)
+        value = view.written[name] if name in view.written else tensor_named(work.structure.model, name).data
         dtype = planned.bindings.dtypes[now]
         value = value.made(dtype) if isinstance(value, Changed) else value.to(dtype)
         pieces = split_parameter(planned, now, value)
@@ -373,11 +364,6 @@ def _reopen(work: Reshaper, files: list[Path]) -> Structure:
     # tokenizer, licence and similar files still lie in the directory of the source
     origin = replace(structure.checkpoint, directory=work.structure.checkpoint.directory)
     return replace(structure, checkpoint=origin)
-
-
-def _value(structure: Structure, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(structure.model.get_submodule(owner), leaf).data
 
 
 def _alone(tensor: Tensor) -> list[Tensor]:

@@ -26,6 +26,7 @@ from compressor.errors import CompressError
 from compressor.evaluation.metrics import batch_sums, check_labels, chunk_positions, joined_sums, next_token_sums
 from compressor.evaluation.model_loading import NotInParts, is_causal
 from compressor.model.block_runner import Answer, Batch, Call, Pieces, output_of, without_cache
+from compressor.model.recorded_modules import recorded_outputs
 from compressor.model.spill import Spilled, SpillFolder, kept
 from compressor.model.streamed import StreamedModel
 from compressor.process.resources import ran_out
@@ -154,17 +155,11 @@ def _is_positionwise(side: Side, inputs: Tensor, hidden: Tensor, output: Tensor)
 
 def _run_whole(model: Any, blocks: list[nn.Module], batch: Batch) -> tuple[Tensor, list[Answer]]:
     """The model's output, and how each block returns the hidden states. raises NotInParts"""
-    answers: list[Answer] = []
-    hooks = [block.register_forward_hook(lambda _m, _a, out: answers.append(Answer.of(out))) for block in blocks]
-    try:
-        with torch.no_grad():
-            output = output_of(model(**batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with recorded_outputs(dict(enumerate(blocks)), Answer.of) as answers, torch.no_grad():
+        output = output_of(model(**batch))
     if len(answers) != len(blocks):
         raise NotInParts(f"{len(answers)} block calls were seen for {len(blocks)} blocks")
-    return output, answers
+    return output, [answer for _, answer in answers]
 
 
 def _batch_sums(

@@ -21,6 +21,7 @@ from compressor.model.block_runner import Pieces, output_of
 from compressor.model.norms import Norm, describe_norm
 from compressor.model.plain_attention import observed_plain_attention
 from compressor.model.probe_model import Kind, example_batch, make_probe_model
+from compressor.model.recorded_modules import recorded_inputs
 from compressor.model.structure import Structure
 from compressor.model.weights import Weight
 
@@ -107,16 +108,11 @@ def _run_probe(structure: Structure, refused: dict[str, str]) -> tuple[set[str],
     probe = make_probe_model(type(structure.model), narrow.config, torch.device("cpu"), torch.float32, narrow.empty)
     batch = example_batch(probe, torch.device("cpu"))
     pieces = Pieces(probe, structure.pieces.blocks_path)
-    called: set[str] = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda _m, _a, name=name: called.add(name))
-        for name, module in probe.named_modules()
-        if not name.startswith(structure.pieces.blocks_path + ".")
-    ]
-    pieces.embeddings(batch)
-    for hook in hooks:
-        hook.remove()
-    return called, _attention_paths(structure, probe, narrow.kinds, batch, refused)
+    inside = structure.pieces.blocks_path + "."
+    outer = {name: module for name, module in probe.named_modules() if not name.startswith(inside)}
+    with recorded_inputs(outer, lambda *_: None) as called:
+        pieces.embeddings(batch)
+    return {name for name, _ in called}, _attention_paths(structure, probe, narrow.kinds, batch, refused)
 
 
 def _attention_paths(

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -19,6 +19,7 @@ from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
 from compressor.model.model_building import guarded
 from compressor.model.narrow_probe import Probe
 from compressor.model.probe_model import example_batch, make_probe_model
+from compressor.model.recorded_modules import recorded_inputs, recorded_outputs
 from compressor.model.structure import Structure, run_small
 from compressor.model.tracing import check_output, checked
 
@@ -50,29 +51,22 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
     raises  ModelError naming the first block that can't run alone, with the reason
     """
     pieces = Pieces(model, blocks_path)
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-    given: list[list[Any]] = []  # the other arguments of each block
-
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
-        given.append([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in _beside(args, kwargs)])
-
-    hooks = []
-    for block in pieces.blocks:
-        hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        hooks.append(block.register_forward_hook(lambda _m, _a, out: outputs.append(hidden_of(out).clone())))
+    blocks = dict(enumerate(pieces.blocks))
     try:
-        with torch.no_grad(), checked(model):
+        with (
+            recorded_inputs(blocks, _given) as entered,
+            recorded_outputs(blocks, lambda output: hidden_of(output).clone()) as left,
+            torch.no_grad(),
+            checked(model),
+        ):
             expected = output_of(model(**batch))
         check_output(expected)
     except (IndexError, KeyError) as error:  # a block called without hidden states
         raise ModelError(
             "the first argument of its blocks is not the hidden states", where=blocks_path, hint=HINT
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    inputs, given = [hidden for _, (hidden, _) in entered], [others for _, (_, others) in entered]
+    outputs = [output for _, output in left]
     if len(inputs) != len(pieces):
         raise ModelError(
             f"{len(inputs)} block calls were seen for {len(pieces)} blocks",
@@ -117,6 +111,12 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
             where="output head",
             hint=HINT,
         )
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
+    """Copies of the hidden states that enter a block, and of its other arguments."""
+    hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+    return hidden, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in _beside(args, kwargs)]
 
 
 def _beside(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

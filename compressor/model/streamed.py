@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.mapped_tensors import MappedTensors, expert_parameters
+from compressor.model.module_names import tensor_named
 from compressor.model.stored_weight import as_in_parameter
 from compressor.model.unused_tensors import Unused
 from compressor.model.weight_names import Bindings, fill, read_experts_parameter, read_parameter
@@ -123,7 +124,7 @@ class StreamedModel:
 
     def nbytes_of(self, name: str) -> int:
         """Bytes of a parameter or buffer when it is filled."""
-        return _value(self.model, name).nbytes
+        return tensor_named(self.model, name).nbytes
 
     def leave_out(self, names: Collection[str], modules: Collection[str]) -> None:
         """From now on don't fill these parameters, and all parameters of these modules. Nothing must be filled now."""
@@ -178,7 +179,7 @@ class StreamedModel:
         if self.begun[part] <= self._blank.get(part, 0) and part not in self._held:
             self._blanked.add(part)
             for name in self.parts[part]:
-                empty = _value(self.model, name)
+                empty = tensor_named(self.model, name)
                 fill(name, torch.zeros((), dtype=empty.dtype).expand(empty.shape), self.model)
         else:
             self._take(part)
@@ -207,11 +208,6 @@ class StreamedModel:
         del self._held[part]
         self.filler.free(part, self.parts.get(part, []))
         return_freed_memory()
-
-
-def _value(model: PreTrainedModel, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
 
 
 def streamed_of(model: Any) -> StreamedModel | None:

@@ -60,13 +60,13 @@ from compressor.methods.factorization.counted_work import (
     metric_work,
     side_work,
 )
+from compressor.methods.factorization.factor_pass import FactorPass
 from compressor.methods.factorization.low_rank import (
     TINY,
     Metric,
     dense_bytes,
     largest_rank,
     least_error,
-    moments_bytes,
     shrinks,
     spectrum,
     stage_metrics,
@@ -79,7 +79,7 @@ from compressor.methods.factorization.sparse_coding import (
     factorize,
     refit_values,
 )
-from compressor.protocol import BlockView, DataSize, Traits, Weight, WeightPass, Work
+from compressor.protocol import BlockView, DataSize, Weight, Work
 
 if TYPE_CHECKING:
     from compressor.layers.low_rank_linear import LowRankLinear
@@ -153,12 +153,13 @@ class Solved:
         return replace(self, layer=layer)
 
 
-class DSFormer(WeightPass):
+class DSFormer(FactorPass):
     """Store a few dense atoms for each block of inputs, and coefficients of a fixed number of them for each output."""
 
     title: ClassVar[str] = "Factorizes weights into dense atoms and sparse coefficients (DSFormer), or low rank"
     paper: ClassVar[str] = "Chand, Prabhu & Kumar 2023, arXiv 2312.13211"
     keeps_block: ClassVar[bool] = True
+    format_name: ClassVar[str] = FORMAT
 
     ratio: float | None = Field(
         None,
@@ -222,10 +223,6 @@ class DSFormer(WeightPass):
                 {"k": self.k, "atoms": self.atoms},
             )
         return self
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(reads="inputs" if self.metric == "output" else "weights", stores=FORMAT)
 
     @property
     def unplanned(self) -> str:
@@ -316,10 +313,6 @@ class DSFormer(WeightPass):
         inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
         return 12 * inputs**2 + 40 * largest * inputs + 24 * min(inputs, largest) ** 2
 
-    def folded(self, weights: Sequence[Weight], data: DataSize) -> int:
-        """Second moments, in float64 for few inputs."""
-        return moments_bytes(weights[0].in_features) if self.metric == "output" else 0
-
     def block(self, view: BlockView) -> None:
         refines = bool(self.refine_steps and view.stages())
         wanted = [view.output(batch) for batch in range(view.batches)] if refines else []
@@ -379,7 +372,9 @@ class DSFormer(WeightPass):
         record: dict[str, Any] = {"calibration_tokens": tokens, "metric": metric.name, "damping": metric.damping}
         shape = self._shape(weight)
         if shape is None:
-            self._keep(view, weight, "the result of these settings is not smaller than the weight in 16 bits", record)
+            self.leave_dense(
+                view, weight, "the result of these settings is not smaller than the weight in 16 bits", record
+            )
             return None
         block = self._block(weight)
         size = block_bytes(weight.shape, block, *shape, self.values)
@@ -395,7 +390,7 @@ class DSFormer(WeightPass):
             best, error = rival, rival_error
             record |= {"chosen": "low_rank", "fallback": "svd"}
         if self.max_rel_error is not None and error > self.max_rel_error:
-            self._keep(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
+            self.leave_dense(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
             return None
         record["output_error"] = error**0.5
         view.put(weight, best, **record)
@@ -443,7 +438,3 @@ class DSFormer(WeightPass):
             return None, least
         layer = LowRankLinear.pack(*spectrum(problem.matrix, problem.metric).factors(rank), self.values)
         return layer, problem.relative_error(layer)
-
-    def _keep(self, view: BlockView, weight: Weight, why: str, record: dict[str, Any]) -> None:
-        view.warn("stays-dense", weight.name, why)
-        view.keep(weight, fallback="dense", reason=why, **record)

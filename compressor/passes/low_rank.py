@@ -32,28 +32,29 @@ from pydantic_core import PydanticCustomError
 from compressor.bounds import Count
 from compressor.lazy import torch
 from compressor.methods.factorization.counted_work import error_work, factors_work, metric_work, spectrum_work
+from compressor.methods.factorization.factor_pass import FactorPass
 from compressor.methods.factorization.low_rank import (
     Metric,
     Spectrum,
     dense_bytes,
     largest_rank,
     low_rank_bytes,
-    moments_bytes,
     shrinks,
     spectrum,
     stage_metrics,
 )
-from compressor.protocol import BlockView, DataSize, Decision, Traits, Weight, WeightPass, WholeModel, Work
+from compressor.protocol import BlockView, DataSize, Decision, Weight, WholeModel, Work
 
 FORMAT, DENSE = "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
 
 
-class LowRank(WeightPass):
+class LowRank(FactorPass):
     """Replace each matrix by two thin ones, by an SVD that calibration inputs weight."""
 
     title: ClassVar[str] = "Factorizes weights into two thin matrices by an SVD weighted with calibration data"
     paper: ClassVar[str] = "Cahyawijaya 2021, Greenformers, arXiv 2108.10808"
+    format_name: ClassVar[str] = FORMAT
 
     ratio: float | None = Field(
         None,
@@ -95,10 +96,6 @@ class LowRank(WeightPass):
                 "several-rules", f"{' and '.join(rules)} each set the rank: give only one of them", {"rules": rules}
             )
         return self
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(reads="inputs" if self.metric == "output" else "weights", stores=FORMAT)
 
     @property
     def decides(self) -> bool:
@@ -166,10 +163,6 @@ class LowRank(WeightPass):
         inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
         return 12 * inputs**2 + 16 * largest * inputs + 40 * min(inputs, largest) ** 2
 
-    def folded(self, weights: Sequence[Weight], data: DataSize) -> int:
-        """Second moments, in float64 for few inputs."""
-        return moments_bytes(weights[0].in_features) if self.metric == "output" else 0
-
     def decide(self, model: WholeModel) -> Decision | None:
         """Ranks of all matrices within the budget; null means dense."""
         tails: dict[str, list[float]] = {}
@@ -200,13 +193,13 @@ class LowRank(WeightPass):
     def _store(self, view: BlockView, weight: Weight, metric: Metric, tokens: int) -> None:
         record: dict[str, Any] = {"calibration_tokens": tokens, "metric": metric.name, "damping": metric.damping}
         if not self._planned_rank(weight.shape):
-            self._keep(view, weight, "no product of rank 1 or more is smaller than the weight in 16 bits", record)
+            self.leave_dense(view, weight, "no product of rank 1 or more is smaller than the weight in 16 bits", record)
             return
         matrix = view.matrix(weight)
         found = spectrum(matrix, metric)
         rank = self._rank(weight, found, view.decision)
         if rank is None:
-            self._keep(view, weight, "the rank that it needs would not make it smaller", record)
+            self.leave_dense(view, weight, "the rank that it needs would not make it smaller", record)
             return
         from compressor.layers.low_rank_linear import LowRankLinear
 
@@ -216,7 +209,7 @@ class LowRank(WeightPass):
         record |= {"rank": rank, "relative_error": error, "output_error": error**0.5}
         if self.max_rel_error is not None and error > self.max_rel_error:
             del record["output_error"]  # of factors that are not stored
-            self._keep(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
+            self.leave_dense(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
             return
         view.put(weight, layer, **record)
 
@@ -228,10 +221,6 @@ class LowRank(WeightPass):
             rank = found.rank_of_energy(self.energy)
             return rank if shrinks(weight.shape, low_rank_bytes(weight.shape, rank, self.values)) else None
         return self._planned_rank(weight.shape)
-
-    def _keep(self, view: BlockView, weight: Weight, why: str, record: dict[str, Any]) -> None:
-        view.warn("stays-dense", weight.name, why)
-        view.keep(weight, fallback="dense", reason=why, **record)
 
 
 def share_out(

@@ -54,11 +54,25 @@ SMALL_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 RANK = {name: number for number, name in enumerate([*SMALL_BITS, *DTYPES])}
 
 
+class HasDtype:
+    """A tensor in a file, or to write.
+
+    small  the name of a dtype in SMALL_BITS; `dtype` is then uint8, that of the bytes
+    """
+
+    dtype: torch.dtype
+    small: str | None
+
+    @property
+    def stored_as(self) -> str:
+        """The dtype's name in the file."""
+        return self.small or NAMES[self.dtype]
+
+
 @dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(HasDtype):
     """The place of a tensor: `offset` is absolute in `file`, sizes are in bytes.
 
-    small   the name of a dtype in SMALL_BITS; `dtype` is then uint8, that of the bytes
     decode  reads a tensor that is stored quantized, and dequantizes it; `dtype`, `shape` and `nbytes` are then those
             of the result. None: the bytes are the tensor
     """
@@ -72,18 +86,13 @@ class TensorInfo:
     decode: Callable[[], Tensor] | None = None
 
     @property
-    def stored_as(self) -> str:
-        """The dtype's name in the file."""
-        return self.small or NAMES[self.dtype]
-
-    @property
     def is_sliced(self) -> bool:
         """Whether it is so large that it is copied slice by slice, as that of all experts (experts, rows, columns)."""
         return len(self.shape) == 3 and self.nbytes > COPY_BYTES and self.small is None
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(HasDtype):
     """A tensor to write.
 
     read  gives the tensor when it is written, or its slices along the first dimension one after the other; for a dtype
@@ -95,10 +104,6 @@ class Entry:
     shape: tuple[int, ...]
     read: Callable[[], Iterable[Tensor]]
     small: str | None = None
-
-    @property
-    def stored_as(self) -> str:
-        return self.small or NAMES[self.dtype]
 
     @property
     def nbytes(self) -> int:
