@@ -26,7 +26,8 @@ from compressor.layers.structural.resized import Resized
 from compressor.methods.pruning.pruned_parameters import narrowed
 from compressor.methods.pruning.pruned_shapes import kept_slices, kept_units, removed_modules, resized_modules
 from compressor.model.block_runner import Pieces, output_of
-from compressor.model.facts import KINDS, Decision, PrunableModule, UnitsInConfig
+from compressor.model.class_changes import ModuleEntry
+from compressor.model.facts import KINDS, PrunableModule, PruningDecision, UnitsInConfig
 from compressor.model.families import FFN_WIDTH_KEYS
 from compressor.model.module_names import renumbered_after_removal
 from compressor.model.probe_model import PROBE_SEED, example_batch, make_probe_model
@@ -98,7 +99,7 @@ def _vanishing(probe: PreTrainedModel, path: str, prunables: Sequence[PrunableMo
     ]
 
 
-def _nothing(prunables: Sequence[PrunableModule]) -> Decision:
+def _nothing(prunables: Sequence[PrunableModule]) -> PruningDecision:
     return {"sites": {prunable.name: [] for prunable in prunables}}
 
 
@@ -137,7 +138,7 @@ def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedM
     return model
 
 
-def _drop_some(prunables: Sequence[PrunableModule]) -> Decision:
+def _drop_some(prunables: Sequence[PrunableModule]) -> PruningDecision:
     """Drop the same number of units of every prunable module, but other units in each, some of them in the middle."""
     chosen = {}
     for number, prunable in enumerate(prunables):
@@ -150,8 +151,8 @@ def _drop_some(prunables: Sequence[PrunableModule]) -> Decision:
 def _difference(
     probe: PreTrainedModel,
     prunables: Sequence[PrunableModule],
-    decision: Decision,
-    make: Callable[[PreTrainedModel, Sequence[PrunableModule], Decision], PreTrainedModel],
+    decision: PruningDecision,
+    make: Callable[[PreTrainedModel, Sequence[PrunableModule], PruningDecision], PreTrainedModel],
 ) -> str | None:
     """How the pruned probe model differs from the masked one; None if it does not."""
     batch = example_batch(probe, torch.device("cpu"))
@@ -169,7 +170,7 @@ def _difference(
 
 
 @contextmanager
-def masked(model: nn.Module, prunables: Sequence[PrunableModule], decision: Decision) -> Iterator[None]:
+def masked(model: nn.Module, prunables: Sequence[PrunableModule], decision: PruningDecision) -> Iterator[None]:
     """Set the inputs of output projections to 0 where units are removed. A pruned model must compute the same."""
     handles = []
     for prunable in prunables:
@@ -188,11 +189,11 @@ def _zeroed(columns: Tensor, _module: nn.Module, args: tuple[Any, ...]) -> tuple
     return args[0].index_fill(-1, columns, 0.0), *args[1:]
 
 
-def _pruned(probe: PreTrainedModel, prunables: Sequence[PrunableModule], decision: Decision) -> PreTrainedModel:
+def _pruned(probe: PreTrainedModel, prunables: Sequence[PrunableModule], decision: PruningDecision) -> PreTrainedModel:
     """The pruned probe model as the modeling file would make it."""
     values = {name: parameter for name, parameter in probe.named_parameters(remove_duplicate=False)}
     kept = kept_slices({name: value.shape for name, value in values.items()}, prunables, decision, None)
-    modules: dict[str, Any] = {}
+    modules: dict[str, ModuleEntry] = {}
     for prunable in prunables:
         units = len(kept_units(prunable, decision))
         if not units:
@@ -232,7 +233,7 @@ def _config_keys(probe: PreTrainedModel, prunables: Sequence[PrunableModule]) ->
 
 
 def _of_stock_class(
-    keys: UnitsInConfig, probe: PreTrainedModel, prunables: Sequence[PrunableModule], decision: Decision
+    keys: UnitsInConfig, probe: PreTrainedModel, prunables: Sequence[PrunableModule], decision: PruningDecision
 ) -> PreTrainedModel:
     """The pruned probe model as its own class makes it from a config."""
     units = len(kept_units(prunables[0], decision))

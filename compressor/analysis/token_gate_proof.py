@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from compressor.errors import ModelError
 from compressor.layers.structural.token_gate import TokenGate, noting_choices
 from compressor.model.block_runner import Batch, Pieces, output_of
-from compressor.model.facts import TokenFacts
+from compressor.model.facts import GateSettings, TokenFacts
 
 PADDED = 3  # tokens of the second sample of a text that are padding
 TOLERANCE = 1e-5  # relative, of float32
-PROOF = {
+PROOF: GateSettings = {
     "keep": 0.5,
     "similar": 0.3,
     "partition": "sequential",
@@ -38,7 +38,7 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
     hidden, calls = pieces.embeddings(batch)
     for index, block in enumerate(pieces.blocks):
         whole = pieces.block(index, hidden, calls[index])
-        with TokenGate.wrapped(block, facts.gate(index, [], PROOF)), noting_choices(block) as choices:
+        with TokenGate.wrapped(block, dict(facts.gate(index, [], PROOF))), noting_choices(block) as choices:
             fewer = pieces.block(index, hidden, calls[index])
         if not choices or not _are_of(fewer, whole, choices[0]):
             raise ModelError(
@@ -50,7 +50,7 @@ def prove_token_gates(pieces: Pieces, facts: TokenFacts, batch: Batch) -> None:
     with ExitStack() as stack:
         for number, block in enumerate(pieces.blocks):
             format_params = facts.gate(number, [0.5] * number, PROOF)
-            stack.enter_context(TokenGate.wrapped(block, format_params))
+            stack.enter_context(TokenGate.wrapped(block, dict(format_params)))
         try:
             output = output_of(probe(**batch))
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:

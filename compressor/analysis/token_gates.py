@@ -29,7 +29,7 @@ from compressor.errors import ModelError
 from compressor.layers.structural.observed_attention import register_watching, watching
 from compressor.layers.structural.token_gate import attended
 from compressor.model.block_runner import Batch, Call, Pieces
-from compressor.model.facts import BlockTokens, TokenFacts
+from compressor.model.facts import BlockTokens, LaterCall, TokenFacts
 from compressor.model.module_names import is_inside
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.probe_model import Kind, example_batch, make_probe_model
@@ -201,7 +201,7 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
         )
     behind = seen[at:]
     result = output[0] if isinstance(output, tuple) else output
-    after = []
+    after: list[LaterCall] = []
     for number, one in enumerate(behind):
         entering = next((value for value in one.values if isinstance(value, Tensor)), None)
         if entering is None or entering.shape[:2] != hidden.shape[:2]:
@@ -212,7 +212,8 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
             )
         given = one.output[0] if isinstance(one.output, tuple) else one.output
         goes_on = any(is_one_tensor(given, value) for other in behind[number + 1 :] for value in other.values)
-        after.append({"call": one.name, "nth": one.nth, "spread": not goes_on and not is_one_tensor(given, result)})
+        spread = not goes_on and not is_one_tensor(given, result)
+        after.append(LaterCall(call=one.name, nth=one.nth, spread=spread))
     entries = _entries(block, hidden, call, {one.name for one in behind})
     return BlockTokens(
         attention, tuple(after), mask, entries[0], entries[1], query.shape[1] * query.shape[3], query.shape[1]

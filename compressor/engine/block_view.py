@@ -25,6 +25,7 @@ from compressor.errors import Notice
 from compressor.layers import DENSE
 from compressor.layers.base import Layer
 from compressor.model.block_runner import Stop
+from compressor.model.facts import Decision
 from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.observed_matmul import ObservedMatmul
 from compressor.model.probe_model import signature
@@ -62,7 +63,7 @@ class BlockView:
     generator: torch.Generator
     needs: Needs
     installed: Installed
-    decision: dict[str, Any] | None = None
+    decision: Decision | None = None
     selected_functions: tuple[Weight, ...] = ()
     rescalable: tuple[Producer, ...] = ()
     is_open: bool = True

@@ -106,7 +106,7 @@ def _decided(
             hint = "Set a smaller data.samples or data.length, then begin again with --fresh."
             raise PassError(f"{step.name} ran out of memory", hint=hint) from error
         free_all(sweeper.structure)
-        text = json.dumps(made, sort_keys=True)
+        text = json.dumps(None if made is None else dict(made), sort_keys=True)
         facts = DecisionFacts(json.loads(text), tuple(warnings)).to_json()
         journal.commit(key, f"s{number:02d}-decision-{position:02d}.json", lambda path: _write_text(path, text), facts)
         for warning in warnings:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from compressor.analysis.input_producers import Producers
 from compressor.artifact.export_format import ExportFormat
 from compressor.errors import CompressError, ErrorEvent, Notice, WarningRow
-from compressor.model.facts import ModelFacts, Redefinition
+from compressor.model.facts import Decision, ModelFacts, Redefinition, TokenAccount
 from compressor.model.functions import Functions
 from compressor.model.side_files import SideFilesRow
 from compressor.model.stored_weight import StoredWeight
@@ -47,8 +47,8 @@ class ReshapeRow(_OfPass):
     parameters_after: int
     widths: list[int]
     notes: list[str]
-    decision: dict[str, Any] | None
-    tokens: dict[str, Any] | None
+    decision: Decision | None
+    tokens: TokenAccount | None
 
 
 class SkippedRow(TypedDict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 from compressor.model.residual_records import Residual
 
@@ -103,14 +103,59 @@ class PrunableModule:
     layout: PruningLayout = field(default_factory=PruningLayout, hash=False)
 
 
-Decision = dict[str, Any]  # small, sorted JSON
+Decision = Mapping[str, Any]  # small, sorted JSON; a pass may describe the keys of its own by a TypedDict
+
+
+class PruningDecision(TypedDict):
+    """What pruning keeps.
+
+    prunables    name of a prunable module -> ascending indices of the units that stay; a module without entry stays whole
+    hidden   indices of the residual stream that stay, or null: all of them
+    removed  names of prunable modules that are removed as a whole; the same as an empty list under `prunables`
+    """
+
+    prunables: Mapping[str, Sequence[int]]
+    hidden: NotRequired[Sequence[int] | None]
+    removed: NotRequired[Sequence[str]]
+
+
+class BlockTokenAccount(TypedDict):
+    """Of one block of a model with token gates. `tokens` enter it, `left` leave it, `similar` are dropped for others
+    that are like them.
+    """
+
+    block: int
+    keep: float
+    tokens: int
+    left: int
+    similar: int
+    macs_before: int
+    macs_after: int
+    macs_of_gate: int
+
+
+class TokenAccount(TypedDict):
+    """Tokens and multiply-accumulates of a sample with `tokens` tokens, before and after tokens are pruned.
+
+    macs_after  including those of the gates
+    outside     multiply-accumulates in the embeddings and the output head
+    patches     rows and columns of an image's patches
+    """
+
+    tokens: int
+    macs_before: int
+    macs_after: int
+    macs_of_gates: int
+    outside: int
+    patches: list[int] | None
+    blocks: list[BlockTokenAccount]
 
 
 @dataclass(frozen=True)
 class Redefinition:
     """The new definition of a model after a step (`RewritePass.redefine`).
 
-    config   keys of config.json that change
+    config   keys of config.json that change; those of the modeling file are `ClassChanges`
     shapes   parameter -> its new shape, for those that change or are new; None if it is removed
     widths   of the residual stream: before this step, and after it at each sublayer where they differ
     notes    sentences for the plan and the report
@@ -118,17 +163,53 @@ class Redefinition:
              the pass has `projections`, else those of the unchanged model
     decision the choice that gave these shapes (`Pass.choose`), for later calls of the pass and for the report
     blocks   numbers of the blocks that stay, if some are removed; the model then has fewer blocks
-    tokens   counts of a pass that drops tokens, for the report: see `compressor.passes.zero_tprune`
+    tokens   counts of a pass that drops tokens, for the report
     """
 
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     widths: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     follows: bool = False
     decision: Decision | None = None
     blocks: tuple[int, ...] | None = None
-    tokens: dict[str, Any] | None = None
+    tokens: TokenAccount | None = None
+
+
+class LaterCall(TypedDict):
+    """A module that runs on the kept tokens: its `nth` call in the block.
+
+    spread  whether the block's code adds its output to a tensor of all tokens
+    """
+
+    call: str
+    nth: int
+    spread: bool
+
+
+class GateSettings(TypedDict):
+    """What a pass chooses of a `token_gate`."""
+
+    keep: float
+    similar: float
+    partition: str
+    order: str
+    iterations: int
+    tolerance: float
+    filter: list[float] | None
+    heads: str
+    seed: int
+    minimum: int
+
+
+class GateSpec(GateSettings):
+    """All parameters of a `token_gate`: see `compressor.layers.structural.token_gate`."""
+
+    attention: str
+    after: list[LaterCall]
+    mask: str | None
+    protect: list[int]
+    before: list[float]
 
 
 @dataclass(frozen=True)
@@ -136,14 +217,14 @@ class BlockTokens:
     """The place of a token gate in a block, and the work of a token there.
 
     attention  name of the attention module in the block
-    after      {call, nth, spread} of each module after the attention residual (`token_gate`)
+    after      the modules after the attention residual, in order
     mask       name of the block's argument that marks padding
     before     number of entries of the matrices that multiply a token before the gate; `behind`: after it
     width      of all heads together
     """
 
     attention: str
-    after: tuple[dict[str, Any], ...]
+    after: tuple[LaterCall, ...]
     mask: str | None
     before: int
     behind: int
@@ -169,11 +250,17 @@ class TokenFacts:
     blocks: tuple[BlockTokens, ...]
     outside: int
 
-    def gate(self, block: int, before: Sequence[float], settings: Mapping[str, Any]) -> dict[str, Any]:
+    def gate(self, block: int, before: Sequence[float], settings: GateSettings) -> GateSpec:
         """Settings of a `token_gate` in a block, after gates that keep these shares (`before`)."""
         found = self.blocks[block]
-        place = {"attention": found.attention, "after": [dict(entry) for entry in found.after], "mask": found.mask}
-        return {**place, "protect": list(self.protect), "before": list(before), **settings}
+        return {
+            "attention": found.attention,
+            "after": [entry.copy() for entry in found.after],
+            "mask": found.mask,
+            "protect": list(self.protect),
+            "before": list(before),
+            **settings,
+        }
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from compressor.layers.structural.removed import Removed
 from compressor.layers.structural.resized import Resized
 from compressor.layers.structural.rms_norm import RmsNorm
 from compressor.layers.structural.rotated_block import RotatedBlock
+from compressor.model.class_changes import MODULES, SHAPES
 from compressor.model.probe_model import make_probe_model
-from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
+from compressor.model.reshaped_class import reshaping, stock_class
 
 ALONG_STREAM = (
     RmsNorm.format_name,

@@ -16,8 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.errors import ModelError
 from compressor.layers import find_layer
 from compressor.layers.structural.placing import reshape
-
-SHAPES, MODULES = "compressed_shapes", "compressed_modules"  # keys of config.json
+from compressor.model.class_changes import MODULES, SHAPES
 
 
 def is_reshaped(config: PretrainedConfig | Mapping[str, Any]) -> bool:

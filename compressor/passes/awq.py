@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NotRequired, TypedDict
 
 from pydantic import Field
 
@@ -57,6 +57,19 @@ SEARCHED_ROWS = 512  # of a weight, before gptq: errors of rows are alike, so a 
 PASSES_OVER_VALUES = 6  # beside the search: scaled, rounded and written
 PASSES_OF_PACKING = 80  # of a weight that is rounded here
 SMALLEST = 1e-4  # mean magnitudes are not below it: a feature that is always zero would ask for an endless factor
+
+
+class ScaleRecord(TypedDict):
+    """What the report says of a weight.
+
+    alpha        the exponent; None if nothing makes its input that could be scaled
+    scaled_in    what makes its input
+    error_ratio  error with the factors, as a share of the error without them
+    """
+
+    alpha: float | None
+    scaled_in: NotRequired[str]
+    error_ratio: NotRequired[float]
 
 
 class AWQ(WeightPass):
@@ -129,7 +142,7 @@ class AWQ(WeightPass):
         producers = view.producers()
         batches = range(min(self.search_batches, view.batches)) if producers and self.rounding == "nearest" else ()
         dense = [view.output(batch) for batch in batches]
-        records: dict[str, dict[str, Any]] = {}
+        records: dict[str, ScaleRecord] = {}
         for producer in producers:
             weights, seen = _consumers(view, producer), inputs_of(view, producer, self.rounding == "later")
             error_of = (
@@ -152,7 +165,7 @@ class AWQ(WeightPass):
         magnitude: torch.Tensor,
         producer: Producer,
         error_of: Callable[[torch.Tensor], float],
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, ScaleRecord]:
         """The factors (slices,) float32 of the least error, and what the report says of them.
 
         error_of  factors of the features (in,) -> square error of the weights that read them, rounded
@@ -212,7 +225,7 @@ class AWQ(WeightPass):
         grid = find_grid(grouped, self.bits, self.symmetric, self.scale_search, view.dtype)
         return dequantize(quantize(grouped, grid), grid).view_as(matrix) / columns
 
-    def _finish(self, view: BlockView, weight: Weight, record: dict[str, Any]) -> None:
+    def _finish(self, view: BlockView, weight: Weight, record: ScaleRecord) -> None:
         """Round a weight to nearest, as it is scaled by now, or keep it for the step that rounds it."""
         if self.rounding == "later":
             view.keep(weight, **record)

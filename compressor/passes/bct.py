@@ -53,7 +53,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypedDict, cast
 
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
@@ -93,6 +93,15 @@ PASSES_OVER_TRIED = 14  # of a scale that is tried: codes, their values, errors,
 PASSES_OVER_VALUES = 12  # copies, packing, dequantization and errors of a weight
 PASSES_OVER_INPUTS = 6
 SAMPLED_ROWS = 512  # of a matrix, to measure its errors for a budget: errors of rows are alike
+
+
+class BitsDecision(TypedDict):
+    """bits: of each weight; output_errors: at 4 and at 8 bits"""
+
+    bits: dict[str, int]
+    bytes: int
+    budget_bytes: int
+    output_errors: dict[str, list[float]]
 
 
 class BCT(WeightPass):
@@ -238,7 +247,7 @@ class BCT(WeightPass):
     def _budget_bytes(self, weights: int) -> int:
         return self.budget if self.budget is not None else int((self.budget_bits or 0) * weights / 8)
 
-    def decide(self, model: WholeModel) -> Decision | None:
+    def decide(self, model: WholeModel) -> BitsDecision:
         """Choose the bits of every matrix within the budget."""
         errors: dict[str, list[float]] = {}
         costs: dict[str, list[int]] = {}
@@ -343,7 +352,7 @@ class BCT(WeightPass):
 
     def _bits(self, weight: Weight, decision: Decision | None) -> int:
         if decision is not None:
-            return int(decision["bits"][weight.name])
+            return int(cast(BitsDecision, decision)["bits"][weight.name])
         return self.embedding_bits if weight.role == "embedding" else self.bits
 
     def _block(self, weight: Weight) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from typing import ClassVar
 from compressor.lazy import torch
 from compressor.methods.rotation.counted_work import changed_bytes
 from compressor.methods.rotation.rotation import center, fold_gain, fold_shift, untied_head
+from compressor.model.class_changes import ClassChanges, ModuleEntry, rms_norm_entry
 from compressor.model.residual_records import ResidualNorm
 from compressor.protocol import (
     DataSize,
@@ -67,17 +68,18 @@ class FuseNorms(RewritePass):
     def redefine(self, model: ModelFacts, decision: Decision | None) -> Redefinition:
         config, shapes, notes = untied_head(model)
         if model.residual.kind == "layer":
+            modules: dict[str, ModuleEntry] = {}
             for norm in model.residual.norms():
                 width = norm.formula.width
-                module = {"form": "rms_norm", "spec": {"width": width, "eps": norm.formula.eps}, "shape": [width]}
-                config.setdefault("compressed_modules", {})[norm.module] = module
+                modules[norm.module] = rms_norm_entry(width, norm.formula.eps, width)
                 shapes |= {f"{norm.module}.{leaf}": None for leaf in _held(norm)}
                 for consumer in norm.consumers:
                     if norm.formula.has_bias and consumer.bias is None:
                         rows = model.shapes[consumer.parameter]
                         shapes[_bias_name(consumer.parameter)] = (*rows[: consumer.axis], *rows[consumer.axis + 1 :])
             held = {name: None if shape is None else list(shape) for name, shape in shapes.items()}
-            config["compressed_shapes"] = {name: shape for name, shape in held.items() if name not in model.tied}
+            own = {name: shape for name, shape in held.items() if name not in model.tied}
+            config |= ClassChanges(compressed_modules=modules, compressed_shapes=own)
         width = model.residual.width
         return Redefinition(config, shapes, (width, width), notes)
 

@@ -36,7 +36,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict, cast
 
 from pydantic import Field, NonNegativeFloat
 
@@ -49,7 +49,7 @@ from compressor.methods.pruning.model_size import model_size
 from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition
 from compressor.methods.pruning.removal_trials import RANKED_SHARE, Losses, Remembered, RemovedUnits, Trials
-from compressor.model.facts import PrunableModule
+from compressor.model.facts import PrunableModule, PruningDecision
 from compressor.protocol import (
     DataSize,
     Decision,
@@ -83,6 +83,21 @@ class Candidate:
     name: str
     block: int
     units: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class RemovalFigures(TypedDict):
+    """Losses on both parts of the samples, and the number of measurements."""
+
+    dense: list[float]
+    after: list[float]
+    evaluations: int
+
+
+class RemovalDecision(PruningDecision):
+    """log: what was tried, in order"""
+
+    log: list[dict[str, Any]]
+    figures: RemovalFigures
 
 
 class GreedyRemoval(RewritePass):
@@ -172,7 +187,7 @@ class GreedyRemoval(RewritePass):
             whole += min((2 if self.retry else 1) * candidates, self.max_evaluations - whole - ranked)
         return whole, ranked
 
-    def choose(self, model: RunnableModel) -> Decision:
+    def choose(self, model: RunnableModel) -> RemovalDecision:
         """Search for the parts to remove. raises PassError for data that can't be used for the search"""
         prunables = model.facts.prunable(KINDS)
         size = model_size(model.facts, prunables, measure="parameters", of="blocks", tokens=1)
@@ -220,13 +235,13 @@ class GreedyRemoval(RewritePass):
         if self.export == "stock" and decision is None:
             self._check_stock(model, prunables)
         if decision is None:  # the run decides how much is removed, maybe nothing
-            decision = {"sites": {}, "hidden": None, "removed": []}
-            return replace(pruned_redefinition(model, prunables, decision, self.export), decision=None)
-        return replace(pruned_redefinition(model, prunables, decision, self.export), decision=decision)
+            whole: PruningDecision = {"sites": {}, "hidden": None, "removed": []}
+            return replace(pruned_redefinition(model, prunables, whole, self.export), decision=None)
+        return pruned_redefinition(model, prunables, cast(RemovalDecision, decision), self.export)
 
     def rewrite(self, view: PartView, state: State) -> State:
-        assert view.redefinition.decision is not None  # this pass always decides
-        prune(view, view.facts.prunable(KINDS), view.redefinition.decision)
+        decision = cast(RemovalDecision, view.redefinition.decision)  # this pass always decides
+        prune(view, view.facts.prunable(KINDS), decision)
         return state
 
     def _protected(self, prunables: Sequence[PrunableModule]) -> set[int]:
@@ -303,7 +318,7 @@ class GreedyRemoval(RewritePass):
         return found
 
 
-def _decision(prunables: Sequence[PrunableModule], removed: RemovedUnits) -> Decision:
+def _decision(prunables: Sequence[PrunableModule], removed: RemovedUnits) -> PruningDecision:
     left = {s.name: [u for u in range(s.units) if u not in removed.get(s.name, ())] for s in prunables}
     return {
         "sites": {name: units for name, units in left.items() if units},

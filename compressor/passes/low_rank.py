@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict, cast
 
 from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
@@ -47,6 +47,15 @@ from compressor.protocol import BlockView, DataSize, Decision, Weight, WholeMode
 
 FORMAT, DENSE = "low_rank_linear", "dense"
 DEFAULT_RATIO = 0.5
+
+
+class RankDecision(TypedDict):
+    """ranks: of each weight; null means dense"""
+
+    ranks: dict[str, int | None]
+    bytes: int
+    budget_bytes: int
+    relative_errors: dict[str, float]
 
 
 class LowRank(FactorPass):
@@ -163,7 +172,7 @@ class LowRank(FactorPass):
         inputs, largest = weights[0].in_features, max(weight.out_features for weight in weights)
         return 12 * inputs**2 + 16 * largest * inputs + 40 * min(inputs, largest) ** 2
 
-    def decide(self, model: WholeModel) -> Decision | None:
+    def decide(self, model: WholeModel) -> RankDecision:
         """Ranks of all matrices within the budget; null means dense."""
         tails: dict[str, list[float]] = {}
         shapes: dict[str, tuple[int, int]] = {}
@@ -216,7 +225,7 @@ class LowRank(FactorPass):
     def _rank(self, weight: Weight, found: Spectrum, decision: Decision | None) -> int | None:
         """The rank; None means dense."""
         if decision is not None:
-            return decision["ranks"][weight.name]
+            return cast(RankDecision, decision)["ranks"][weight.name]
         if self.energy is not None:
             rank = found.rank_of_energy(self.energy)
             return rank if shrinks(weight.shape, low_rank_bytes(weight.shape, rank, self.values)) else None

@@ -27,6 +27,7 @@ from pydantic import Field, NonNegativeInt
 
 from compressor.bounds import MOST, Count
 from compressor.errors import PreflightError, values_of
+from compressor.model.class_changes import ClassChanges, changed_modules
 from compressor.protocol import DataSize, Decision, ModelFacts, PartWork, Redefinition, TokenPass, Traits, Work
 
 DEFAULT = ((0.25, 0.9), (0.5, 0.7), (0.75, 0.5))  # (depth, keep); ours: early blocks can't tell which tokens matter
@@ -82,7 +83,7 @@ class PrefillPruning(TokenPass):
         gates = {number: share for number, share in keep.items() if share < 1}
         if not gates:
             return Redefinition(notes=("every token is kept: nothing is changed",))
-        modules = dict(model.config.get("compressed_modules") or {})
+        modules = changed_modules(model.config)
         for number in range(depth):
             path = f"{model.blocks}.{number}"
             if path in modules:
@@ -101,7 +102,7 @@ class PrefillPruning(TokenPass):
                 "revive": self.revive,
             }
             modules[path] = {"form": "lazy_block", "spec": format_params, "shape": []}
-        redefinition = Redefinition({"compressed_modules": modules}, notes=(NOTE,))
+        redefinition = Redefinition(ClassChanges(compressed_modules=modules), notes=(NOTE,))
         if (why := model.fits(redefinition)) is not None:
             raise PreflightError(
                 f"tokens of {model.architecture} can't be dropped in prefill: {why}",

@@ -38,10 +38,10 @@ and one for the dense model. Memory: one covariance (D, D) float64 and one block
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict, cast
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -102,6 +102,38 @@ RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; below it, float64 second mo
 HARD_FROM = 0.1  # of the width; Llama-3.1-8B gets from perplexity 6.24 to 8.04 at 10 % and to 11.31 at 20 %
 HARD = "models trained on far more text than Llama 2 lose much more at this sparsity; measure the loss"
 ENOUGH = 4  # calibration tokens per dimension of the residual stream
+
+
+class SliceFigure(TypedDict):
+    """A model that `choose` has compared."""
+
+    orientation: str
+    widths: list[int]
+    parameters: int
+    divergence: float
+
+
+class SliceDecision(TypedDict):
+    """widths: one for orientation: global; else at each sublayer, and before the output head"""
+
+    orientation: str
+    widths: list[int]
+    figures: list[SliceFigure]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """What one run of the dense model shows.
+
+    spectra  at each sublayer, if widths are scheduled by variance
+    pooled   second moments of all sublayers, if orientations are compared
+    end      the stream at the end
+    """
+
+    spectra: list[torch.Tensor]
+    pooled: torch.Tensor | None
+    end: list[torch.Tensor]
 
 
 class SliceGPT(RewritePass):
@@ -205,9 +237,10 @@ class SliceGPT(RewritePass):
         kept, shape = self._kept(model.residual.width), stream_shape(model.residual, model.shapes)
         notes: tuple[str, ...] = (HARD,) if self.sparsity > HARD_FROM else ()
         if decision is not None:
-            widths, one = decision["widths"], decision["orientation"] == "global"
+            chosen = cast(SliceDecision, decision)
+            widths, one = chosen["widths"], chosen["orientation"] == "global"
             found = global_redefinition(model, widths[0]) if one else per_sublayer_redefinition(model, widths)
-            return replace(found, notes=(*notes, *decision["notes"]), decision=decision)
+            return replace(found, notes=(*notes, *chosen["notes"]), decision=decision)
         if self.orientation != "per_site":
             if (why := _why_not_global(model, kept)) is None:
                 self._refuse_growth(model, lambda width: global_parameters(shape, width), shape.width)
@@ -222,28 +255,28 @@ class SliceGPT(RewritePass):
             per_sublayer_redefinition(model, staggered_widths(shape, kept, self.round_to))
         return replace(per_sublayer_redefinition(model, uniform_widths(shape, kept)), notes=notes)
 
-    def choose(self, model: RunnableModel) -> Decision:
-        """{orientation, widths, figures: [{orientation, widths, parameters, divergence}], notes}"""
+    def choose(self, model: RunnableModel) -> SliceDecision:
         facts = model.facts
         shape, kept = stream_shape(facts.residual, facts.shapes), self._kept(facts.residual.width)
         budget, compares = per_sublayer_parameters(shape, uniform_widths(shape, kept)), False
         if self.orientation == "auto" and _why_not_global(facts, kept) is None:
             budget, compares = global_parameters(shape, kept), True
         seen = self._look(model)
-        widths, why_not = self._affordable(facts, shape, budget, seen["spectra"])
+        widths, why_not = self._affordable(facts, shape, budget, seen.spectra)
         if not compares:
             assert widths is not None  # `plan` has made a model of one width
             note = f"widths by explained variance, {min(widths)} to {max(widths[:-1])}"
             return {"orientation": "per_site", "widths": list(widths), "figures": [], "notes": [note]}
-        ends = {"global": self._end_of_global(model, seen["pooled"], kept)}
+        assert seen.pooled is not None  # orientation is auto
+        ends = {"global": self._end_of_global(model, seen.pooled, kept)}
         if widths is not None:
             ends["per_site"] = self._end_per_site(model, widths)
-        figures: list[dict[str, Any]] = []
+        figures: list[SliceFigure] = []
         for name, end in ends.items():
             here = (kept,) if name == "global" or widths is None else widths
             count = budget if name == "global" or widths is None else per_sublayer_parameters(shape, widths)
-            figure = {"orientation": name, "widths": list(here), "parameters": count}
-            figures.append({**figure, "divergence": _divergence(model, seen["end"], end)})
+            divergence = _divergence(model, seen.end, end)
+            figures.append({"orientation": name, "widths": list(here), "parameters": count, "divergence": divergence})
         best = min(figures, key=lambda figure: figure["divergence"])
         reported = [f"{f['orientation']}: {f['divergence']:.4g} with {f['parameters']:,} parameters" for f in figures]
         why = f" (per_site {why_not})" if why_not else ""
@@ -352,10 +385,9 @@ class SliceGPT(RewritePass):
                 data=reported,
             )
 
-    def _look(self, model: RunnableModel) -> dict[str, Any]:
-        """One run of the dense model: spectra at each sublayer, pooled second moments, and the stream at the end."""
+    def _look(self, model: RunnableModel) -> DenseRun:
         spectra: list[torch.Tensor] = []
-        pooled = None
+        pooled: torch.Tensor | None = None
         for view in model.views():
             for norm in norms_of(view):
                 if self.schedule == "variance" and view.sublayers:
@@ -365,7 +397,7 @@ class SliceGPT(RewritePass):
                     shared = norm_covariance(view, norm, self._normalises(per_site=False)).matrix
                     pooled = of_trace_one(shared) + (0 if pooled is None else pooled)
             end = view.states()
-        return {"spectra": spectra, "pooled": pooled, "end": end}
+        return DenseRun(spectra, pooled, end)
 
     def _affordable(
         self, facts: ModelFacts, shape: StreamShape, budget: int, spectra: list[torch.Tensor]

@@ -35,7 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from pydantic_core import PydanticCustomError
@@ -51,7 +51,7 @@ from compressor.methods.pruning.pruned_parameters import prune
 from compressor.methods.pruning.pruned_shapes import pruned_redefinition, width_key
 from compressor.methods.pruning.reconstruction import HELD_OUT, HELD_OUT_TOKENS, RIDGE
 from compressor.methods.pruning.size_budget import STREAM, Kept, Size, Unreachable, prune_to_size, target_size
-from compressor.model.facts import PrunableModule
+from compressor.model.facts import PrunableModule, PruningDecision
 from compressor.protocol import (
     DataSize,
     Decision,
@@ -70,6 +70,13 @@ from compressor.protocol.work import rewritten
 HARD_FROM = 0.6  # of the prunable size; above it the authors' README has other constants for trained masks
 HARD = "more than 0.6 is removed while weights stay unchanged; expect a large loss, and measure it"
 STREAM_CHARGE = 30.0  # for the residual stream's mask [code]
+
+
+class MaskDecision(PruningDecision):
+    """means: of the masks of the units that stay, by the name of their prunable module"""
+
+    means: Mapping[str, Sequence[float]]
+    figures: Mapping[str, Any]
 
 
 class VTrans(RewritePass):
@@ -206,7 +213,7 @@ class VTrans(RewritePass):
         inputs = 4 * int(held_out) * max((inputs for _, inputs in shapes), default=0)
         return max(found + solving + inputs, kept_bytes(data, parts))
 
-    def choose(self, model: RunnableModel) -> Decision:
+    def choose(self, model: RunnableModel) -> MaskDecision:
         """Train the masks and prune to the target. raises PassError for data that can't be used for training"""
         facts = model.facts
         prunables = self._prunable(facts)
@@ -228,7 +235,7 @@ class VTrans(RewritePass):
         scores: Mapping[str, Sequence[float]],
         means: Mapping[str, Sequence[float]],
         figures: Mapping[str, Any],
-    ) -> Decision:
+    ) -> MaskDecision:
         """Prune to the target by scores of heads, neurons and channels, whose masks have these means (none: 1)."""
         facts = model.facts
         removable: dict[tuple[str, ...], float] = {
@@ -256,7 +263,7 @@ class VTrans(RewritePass):
         size = self._size(model, prunables)
         if decision is None:  # an estimate: every sub-block loses the same share
             if self.export == "stock" and size.narrowest < size.width:  # refuses a stream that no stock model narrows
-                narrowest = {"sites": {}, "hidden": list(range(size.narrowest)), "removed": []}
+                narrowest: PruningDecision = {"sites": {}, "hidden": list(range(size.narrowest)), "removed": []}
                 pruned_redefinition(model, prunables, narrowest, self.export)
             even = {part.name: [(unit + 0.5) / part.units for unit in range(part.units)] for part in size.parts}
             even[STREAM] = [(channel + 0.5) / max(size.width, 1) for channel in range(size.width)]
@@ -266,15 +273,15 @@ class VTrans(RewritePass):
             return replace(
                 pruned_redefinition(model, prunables, _decision(kept), self.export), notes=self._notes, decision=None
             )
-        redefinition = pruned_redefinition(model, prunables, decision, self.export)
+        redefinition = pruned_redefinition(model, prunables, cast(MaskDecision, decision), self.export)
         return replace(redefinition, decision=decision, notes=self._notes, follows=self.reconstruct)
 
     def rewrite(self, view: PartView, state: State) -> State:
-        decision = view.redefinition.decision
-        if decision is None:  # nothing is removed yet
+        if view.redefinition.decision is None:  # nothing is removed yet
             return state
+        decision = cast(MaskDecision, view.redefinition.decision)
         prunables = view.facts.prunable(self._kinds)
-        means: dict[str, list[float]] = decision["means"]
+        means = decision["means"]
         if self.reconstruct:  # an output projection that loses nothing needs no repair
             units = {own.name: own.units for own in prunables}
             means = {name: found for name, found in means.items() if len(found) < units[name]}
@@ -461,7 +468,7 @@ def _whole(prunables: Sequence[PrunableModule], score: float) -> dict[str, list[
     return {prunable.name: [score] * prunable.units for prunable in prunables}
 
 
-def _decision(kept: Kept) -> dict[str, Any]:
+def _decision(kept: Kept) -> PruningDecision:
     return {
         "sites": {name: list(units) for name, units in kept.units.items() if units},
         "hidden": None if kept.width is None else list(kept.width),

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypedDict, cast
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -44,6 +44,8 @@ from compressor.errors import PassError, PreflightError
 from compressor.layers.structural.token_counts import block_macs, gate_macs, kept_tokens, split_removed
 from compressor.lazy import torch
 from compressor.methods.divergence import kl_divergence
+from compressor.model.class_changes import ClassChanges, changed_modules
+from compressor.model.facts import BlockTokenAccount, GateSettings, GateSpec, TokenAccount
 from compressor.protocol import (
     DataSize,
     Decision,
@@ -66,6 +68,22 @@ POLISHING = 8  # largest number of rounds after the target is reached
 PLACES = (1, 2, 3)  # quarters of the depth; earlier blocks can't tell yet which tokens matter
 
 Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class GateFigure(TypedDict):
+    """A step of the search. macs: as a share of those of the dense model"""
+
+    keep: dict[str, float]
+    divergence: float
+    macs: float
+
+
+class GateDecision(TypedDict):
+    """keep: the rate of each block with a gate, by its number"""
+
+    keep: dict[str, float]
+    figures: list[GateFigure]
+    notes: list[str]
 
 
 class ZeroTPrune(TokenPass):
@@ -180,9 +198,10 @@ class ZeroTPrune(TokenPass):
         leave too few tokens, and for a target that can't be reached
         """
         facts = model.tokens()
-        modules = dict(model.config.get("compressed_modules") or {})
+        modules = changed_modules(model.config)
         depth = len(facts.blocks)
-        rates = self._rates(depth) if decision is None else {int(b): k for b, k in decision["keep"].items()}
+        found = None if decision is None else cast(GateDecision, decision)
+        rates = self._rates(depth) if found is None else {int(b): k for b, k in found["keep"].items()}
         if decision is None and self.target_macs is not None:
             rates = self._alike(facts, depth)
             self._check_target(facts, tuple(rates))
@@ -201,23 +220,23 @@ class ZeroTPrune(TokenPass):
         saved = 100 * (1 - tokens["macs_after"] / tokens["macs_before"])
         of = "" if facts.tokens else f" for a text of {NOMINAL_TOKENS} tokens"
         notes = [f"{saved:.2f} % fewer multiply-accumulates{of}, including those of the gates; weights stay unchanged"]
-        if decision is not None:
-            notes += decision["notes"]
+        if found is not None:
+            notes += found["notes"]
         return Redefinition(
-            {"compressed_modules": modules},
+            ClassChanges(compressed_modules=modules),
             widths=(facts.width, facts.width),
             notes=tuple(notes),
             decision=decision,
             tokens=tokens,
         )
 
-    def gates(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, dict[str, Any]]:
+    def gates(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, GateSpec]:
         """Settings of the `token_gate` of each block, from the first block that drops tokens."""
         before: list[float] = []
         found = {}
         for block in range(min(rates), len(facts.blocks)):
             keep = rates.get(block, 1.0)
-            settings = {
+            settings: GateSettings = {
                 "keep": keep,
                 "similar": self.s_share,
                 "partition": self.partition,
@@ -234,13 +253,9 @@ class ZeroTPrune(TokenPass):
                 before = [*before, keep]
         return found
 
-    def account(self, facts: TokenFacts, rates: Mapping[int, float], tokens: int) -> dict[str, Any]:
-        """Tokens and multiply-accumulates for one sample with this number of tokens.
-
-        returns  {tokens, macs_before, macs_after (including the gates), macs_of_gates, blocks: [{block, keep, tokens,
-                 left, similar, macs_before, macs_after, macs_of_gate}], outside, patches}
-        """
-        rows = []
+    def account(self, facts: TokenFacts, rates: Mapping[int, float], tokens: int) -> TokenAccount:
+        """Tokens and multiply-accumulates for one sample with this number of tokens."""
+        rows: list[BlockTokenAccount] = []
         now, protected = tokens, sum(facts.protect)
         for number, block in enumerate(facts.blocks):
             keep = rates.get(number, 1.0)
@@ -272,14 +287,14 @@ class ZeroTPrune(TokenPass):
             "blocks": rows,
         }
 
-    def choose(self, model: RunnableModel) -> Decision:
-        """{keep: {block: rate}, figures: [{keep, divergence, macs}], notes}"""
+    def choose(self, model: RunnableModel) -> GateDecision:
         assert self.target_macs is not None
         facts = model.facts.tokens()
         rates = dict.fromkeys(self._places(len(facts.blocks)), 1.0)
         search = _Search(model, facts, self, rates)
         dense = search.macs(rates)
-        now, divergence, figures = dense, 0.0, []
+        now, divergence = dense, 0.0
+        figures: list[GateFigure] = []
         while now > self.target_macs * dense:
             found = []
             for block in rates:
@@ -501,13 +516,13 @@ class _Search:
             yield (output if output.dim() == 2 else output.mean(1, keepdim=True)).double()
 
     @contextmanager
-    def _gated(self, block: int, gate: dict[str, Any] | None) -> Iterator[None]:
+    def _gated(self, block: int, gate: GateSpec | None) -> Iterator[None]:
         from compressor.layers.structural.token_gate import TokenGate
 
         with ExitStack() as stack:
             if gate is not None and gate["keep"] < 1:
                 module = self.model.module(f"{self.model.facts.blocks}.{block}")
-                stack.enter_context(TokenGate.wrapped(module, gate))
+                stack.enter_context(TokenGate.wrapped(module, dict(gate)))
             yield
 
 

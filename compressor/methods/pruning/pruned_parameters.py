@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compressor.lazy import torch
-from compressor.methods.pruning.pruned_shapes import is_root, kept_slices, kept_units
+from compressor.methods.pruning.pruned_shapes import is_root, kept_channels, kept_slices, kept_units
 from compressor.methods.pruning.reconstruction import Calibration, Repair, repair
-from compressor.model.facts import Decision, PrunableModule
+from compressor.model.class_changes import SHAPES
+from compressor.model.facts import PrunableModule, PruningDecision
 from compressor.model.residual_records import Residual
 from compressor.protocol import PartView
 
@@ -26,7 +27,7 @@ def narrowed(value: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> torch.Te
 def prune(
     view: PartView,
     prunables: Sequence[PrunableModule],
-    decision: Decision,
+    decision: PruningDecision,
     *,
     factors: Mapping[str, Sequence[float]] | None = None,
     ridge: float | None = None,
@@ -39,8 +40,8 @@ def prune(
     returns  name of a prunable module -> the result, where its output projection was solved
     """
     own = [s for s in prunables if s.block == view.index]
-    narrows = decision.get("hidden") is not None and len(decision["hidden"]) < view.residual.width
-    residual = view.residual if narrows else None
+    channels = kept_channels(view, decision)
+    residual = None if channels is None else view.residual
     shapes = view.redefinition.shapes
     values = {
         name: view.read(name)
@@ -48,8 +49,8 @@ def prune(
         if shape is not None and part_of(name, view, residual) == view.index and not _is_new(name, own, decision)
     }
     kept = kept_slices({name: tuple(value.shape) for name, value in values.items()}, own, decision, residual)
-    gains = _gains(residual, decision) if residual is not None else {}
-    is_stock = "compressed_shapes" not in view.redefinition.config
+    gains = {} if channels is None else _gains(view.residual, len(channels))
+    is_stock = SHAPES not in view.redefinition.config
     repairs: dict[str, Repair] = {}
     inputs = _calibrations(view, [s for s in own if _is_repaired(s, decision)]) if ridge is not None else {}
     for number, s in enumerate(own if factors or ridge is not None else ()):
@@ -64,8 +65,8 @@ def prune(
         if name in gains:
             offset, factor = gains[name]
             value = (offset + value) * factor - offset
-        if residual is not None and is_stock and view.index < 0:
-            value = value * _embedding_factor(name, residual, decision)
+        if channels is not None and is_stock and view.index < 0:
+            value = value * _embedding_factor(name, view.residual, len(channels))
         if shapes.get(name, ()) is not None:
             view.write(name, value)
     for s in own:
@@ -83,7 +84,7 @@ class _NewProjection:
     repair: Repair | None
 
 
-def _is_repaired(s: PrunableModule, decision: Decision) -> bool:
+def _is_repaired(s: PrunableModule, decision: PruningDecision) -> bool:
     """Whether an output projection loses columns, and has columns or a bias that can make up for them."""
     units = kept_units(s, decision)
     return len(units) < s.units and bool(units or s.bias)
@@ -104,7 +105,7 @@ def _calibrations(view: PartView, prunables: Sequence[PrunableModule]) -> dict[s
 def _new_projection(
     view: PartView,
     s: PrunableModule,
-    decision: Decision,
+    decision: PruningDecision,
     factors: Sequence[float] | None,
     inputs: Calibration | None,
     ridge: float | None,
@@ -133,12 +134,12 @@ def _new_projection(
     return _NewProjection(values, found)
 
 
-def _is_new(name: str, prunables: Sequence[PrunableModule], decision: Decision) -> bool:
+def _is_new(name: str, prunables: Sequence[PrunableModule], decision: PruningDecision) -> bool:
     """Whether a parameter is the bias of a `removed` layer."""
     return any(path is not None and name == f"{path}.bias" for path in (_left_bias(s, decision) for s in prunables))
 
 
-def _left_bias(prunable: PrunableModule, decision: Decision) -> str | None:
+def _left_bias(prunable: PrunableModule, decision: PruningDecision) -> str | None:
     """Path of the `removed` layer that keeps the bias of a removed sub-block."""
     if kept_units(prunable, decision):
         return None
@@ -154,19 +155,19 @@ def part_of(name: str, view: PartView, residual: Residual | None) -> int | None:
     return -1 if any(write.parameter == name for write in residual.embeddings) else len(residual.blocks)
 
 
-def _gains(residual: Residual, decision: Decision) -> dict[str, tuple[float, float]]:
-    """Gain -> (offset, factor), for gains that a narrower stream changes."""
+def _gains(residual: Residual, kept: int) -> dict[str, tuple[float, float]]:
+    """Gain -> (offset, factor), for gains that a stream of the width `kept` changes."""
     if residual.kind == "layer":
         return {}
-    factor = (residual.width / len(decision["hidden"])) ** 0.5
+    factor = (residual.width / kept) ** 0.5
     return {
         f"{norm.module}.weight": (norm.formula.offset, factor) for norm in residual.norms() if norm.formula.has_weight
     }
 
 
-def _embedding_factor(name: str, residual: Residual, decision: Decision) -> float:
+def _embedding_factor(name: str, residual: Residual, kept: int) -> float:
     """The factor that keeps an embedding's scale if its class multiplies it by the square root of the width."""
     for write in residual.embeddings:
         if write.parameter == name and write.scale is not None and is_root(write.scale, residual.width):
-            return (residual.width / len(decision["hidden"])) ** 0.5
+            return (residual.width / kept) ** 0.5
     return 1.0

@@ -1,10 +1,6 @@
 """Computes the shapes of a model with fewer heads, fewer neurons and a narrower residual stream.
 
-`compressor.analysis.prunable_units` finds what can be removed. A pass decides what is removed, as a Decision:
-
-    sites    name of a prunable module -> ascending indices of the units that stay; a module without entry stays whole
-    hidden   indices of the residual stream that stay, or null: all of them
-    removed  names of prunable modules that are removed as a whole; the same as an empty list under `sites`
+`compressor.analysis.prunable_units` finds what can be removed. A pass decides what is removed, as a `PruningDecision`.
 
 The matrices only get smaller. So the pruned model computes what the model computes with the inputs of the output
 projections (`PrunableModule.output_projection`) multiplied by 0 at the removed columns. For the residual stream this
@@ -23,25 +19,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from compressor.errors import Because, PreflightError, values_of
-from compressor.model.facts import KINDS, Decision, ModelFacts, PrunableModule, PrunedSlice, Redefinition
+from compressor.model.class_changes import (
+    ClassChanges,
+    ModuleEntry,
+    RemovedSpec,
+    ResizedSpec,
+    changed_modules,
+    changed_shapes,
+    resized_entry,
+    rms_norm_entry,
+)
+from compressor.model.facts import KINDS, ModelFacts, PrunableModule, PrunedSlice, PruningDecision, Redefinition
 from compressor.model.families import DEPTH_KEYS, HEAD_COUNT_KEYS, NORM_EPS_KEYS, WIDTH_KEYS
 from compressor.model.module_names import is_inside
 from compressor.model.residual_records import Residual, ResidualNorm
+from compressor.protocol import PartView
 
 Export = Literal["auto", "stock", "custom"]
 Kept = dict[str, dict[int, tuple[int, ...]]]  # parameter -> axis -> indices that stay
 
 
-def kept_units(prunable: PrunableModule, decision: Decision) -> tuple[int, ...]:
+def kept_units(prunable: PrunableModule, decision: PruningDecision) -> tuple[int, ...]:
     if prunable.name in decision.get("removed", ()):
         return ()
     return tuple(decision["sites"].get(prunable.name, range(prunable.units)))
 
 
-def check_decision(prunables: Sequence[PrunableModule], decision: Decision, where: str = "decision") -> None:
+def check_decision(prunables: Sequence[PrunableModule], decision: PruningDecision, where: str = "decision") -> None:
     """raises PreflightError for an unknown prunable module, units that it doesn't have, or one that must stay"""
     known = {prunable.name: prunable for prunable in prunables}
     named = [*decision["sites"], *decision.get("removed", ())]
@@ -71,7 +78,7 @@ def check_decision(prunables: Sequence[PrunableModule], decision: Decision, wher
 
 
 def pruned_redefinition(
-    facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Decision, export: Export = "auto"
+    facts: ModelFacts, prunables: Sequence[PrunableModule], decision: PruningDecision, export: Export = "auto"
 ) -> Redefinition:
     """The definition of the pruned model.
 
@@ -80,7 +87,8 @@ def pruned_redefinition(
     """
     check_decision(prunables, decision)
     width = _reads_width(facts, prunables)
-    widths = (width, len(decision["hidden"]) if _narrows(facts, decision) else width)
+    channels = kept_channels(facts, decision)
+    widths = (width, width if channels is None else len(channels))
     shapes = pruned_shapes(facts, prunables, decision)
     if not shapes:
         return Redefinition(widths=widths, decision=decision)
@@ -102,14 +110,14 @@ def pruned_redefinition(
 
 
 def pruned_shapes(
-    facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Decision, removed: Sequence[int] = ()
+    facts: ModelFacts, prunables: Sequence[PrunableModule], decision: PruningDecision, removed: Sequence[int] = ()
 ) -> dict[str, tuple[int, ...] | None]:
     """Parameter -> its new shape, for those that change or are new; None if it is removed. Tied ones have no entry.
 
     removed  blocks that are removed as a whole
     """
     shapes: dict[str, tuple[int, ...] | None] = {}
-    residual = facts.residual if _narrows(facts, decision) else None
+    residual = None if kept_channels(facts, decision) is None else facts.residual
     for name, axes in kept_slices(facts.shapes, prunables, decision, residual).items():
         if name not in facts.tied:
             shape = facts.shapes[name]
@@ -128,7 +136,7 @@ def pruned_shapes(
     return {name: shape for name, shape in shapes.items() if shape != facts.shapes.get(name)}
 
 
-def dropped_blocks(prunables: Sequence[PrunableModule], decision: Decision) -> tuple[int, ...]:
+def dropped_blocks(prunables: Sequence[PrunableModule], decision: PruningDecision) -> tuple[int, ...]:
     """Blocks that do nothing after pruning, so that a model without them computes the same."""
     left = {prunable.block for prunable in prunables if kept_units(prunable, decision) or not prunable.layout.vanishes}
     return tuple(sorted({prunable.block for prunable in prunables} - left))
@@ -137,7 +145,7 @@ def dropped_blocks(prunables: Sequence[PrunableModule], decision: Decision) -> t
 def kept_slices(
     shapes: Mapping[str, Sequence[int]],
     prunables: Sequence[PrunableModule],
-    decision: Decision,
+    decision: PruningDecision,
     residual: Residual | None,
 ) -> Kept:
     """The kept indices along each axis of every parameter that gets smaller, except those of removed sub-blocks.
@@ -154,9 +162,10 @@ def kept_slices(
                 if key not in known:
                     known[key] = _left(sliced, key[1], units)
                 kept.setdefault(sliced.parameter, {})[sliced.axis] = known[key]
-    if residual is not None:
+    hidden = decision.get("hidden")
+    if residual is not None and hidden is not None:
         for name, axis in stream_edges(residual):
-            kept.setdefault(name, {})[axis] = tuple(decision["hidden"])
+            kept.setdefault(name, {})[axis] = tuple(hidden)
     return kept
 
 
@@ -185,15 +194,16 @@ def _reads_width(facts: ModelFacts, prunables: Sequence[PrunableModule]) -> int:
     return facts.shapes[prunables[0].slices[0].parameter][1 - prunables[0].slices[0].axis]
 
 
-def _narrows(facts: ModelFacts, decision: Decision) -> bool:
+def kept_channels(model: ModelFacts | PartView, decision: PruningDecision) -> Sequence[int] | None:
+    """The indices of the residual stream that stay; None if all of them do."""
     kept = decision.get("hidden")
-    return kept is not None and len(kept) < facts.residual.width
+    return kept if kept is not None and len(kept) < model.residual.width else None
 
 
 # a stock model
 
 
-def _stock(facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Decision) -> Redefinition | str:
+def _stock(facts: ModelFacts, prunables: Sequence[PrunableModule], decision: PruningDecision) -> Redefinition | str:
     """The pruned model of the same class, or the reason why there is none."""
     removed = dropped_blocks(prunables, decision)
     stay = [prunable for prunable in prunables if prunable.block not in removed]
@@ -212,20 +222,19 @@ def _stock(facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Dec
         config |= {key: len(kept) for key in depths}
         lists = [key for key, value in facts.config.items() if isinstance(value, list) and len(value) == count]
         config |= {key: [facts.config[key][block] for block in kept] for key in lists}
-    if _narrows(facts, decision):
-        narrow = _narrow_config(facts, prunables, decision)
+    if (channels := kept_channels(facts, decision)) is not None:
+        narrow = _narrow_config(facts, prunables, len(channels))
         if isinstance(narrow, str):
             return narrow
         config = {**narrow, **config}
-    for key in ("compressed_shapes", "compressed_modules"):
-        if facts.config.get(key):
-            return "it is no model of its own class any more"
+    if changed_shapes(facts.config) or changed_modules(facts.config):
+        return "it is no model of its own class any more"
     blocks = tuple(block for block in range(count) if block not in removed) if removed else None
     redefinition = Redefinition(config, pruned_shapes(facts, prunables, decision, removed), blocks=blocks)
     return facts.fits(redefinition) or redefinition
 
 
-def _kind_config(prunables: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
+def _kind_config(prunables: Sequence[PrunableModule], decision: PruningDecision) -> dict[str, Any] | str:
     """The keys of config.json for the number of units of one kind in every block, or the reason why there are none."""
     counts = {len(kept_units(prunable, decision)) for prunable in prunables}
     if all(len(kept_units(prunable, decision)) == prunable.units for prunable in prunables):
@@ -248,9 +257,9 @@ def width_key(facts: ModelFacts) -> str | None:
     return next((key for key in WIDTH_KEYS if facts.config.get(key) == facts.residual.width), None)
 
 
-def _narrow_config(facts: ModelFacts, prunables: Sequence[PrunableModule], decision: Decision) -> dict[str, Any] | str:
-    residual, kept = facts.residual, len(decision["hidden"])
-    width = residual.width
+def _narrow_config(facts: ModelFacts, prunables: Sequence[PrunableModule], kept: int) -> dict[str, Any] | str:
+    """The keys of config.json for a residual stream of the width `kept`, or the reason why there are none."""
+    residual, width = facts.residual, facts.residual.width
     key = width_key(facts)
     if key is None:
         return "its config has no width of the residual stream"
@@ -290,11 +299,11 @@ def is_root(scale: float, width: int) -> bool:
 def _custom(
     facts: ModelFacts,
     prunables: Sequence[PrunableModule],
-    decision: Decision,
+    decision: PruningDecision,
     shapes: dict[str, tuple[int, ...] | None],
     why: str | None,
 ) -> Redefinition:
-    modules: dict[str, Any] = dict(facts.config.get("compressed_modules") or {})
+    modules = changed_modules(facts.config)
     reported: dict[str, Any] = {}
     for kind in KINDS:  # a number that the class can't have block by block may be possible in the config
         alike = [prunable for prunable in prunables if prunable.kind == kind and prunable.layout.per_layer]
@@ -316,28 +325,28 @@ def _custom(
                 prunable, facts.shapes[f"{prunable.output_projection}.weight"][1 - prunable.slices[0].axis]
             )
         elif units < prunable.units and not prunable.layout.per_layer:
-            for path, module in resized_modules(prunable, units).items():
-                before = modules.get(path, module)["spec"]["attributes"]
-                modules[path] = {**module, "spec": {"attributes": {**before, **module["spec"]["attributes"]}}}
-    if _narrows(facts, decision):
+            for path, attributes in _resized_attributes(prunable, units).items():
+                before = cast(ResizedSpec, modules[path]["spec"])["attributes"] if path in modules else {}
+                modules[path] = resized_entry({"attributes": {**before, **attributes}})
+    if (channels := kept_channels(facts, decision)) is not None:
         for norm in facts.residual.norms():
-            modules |= _narrow_norm(norm, facts.residual.width, len(decision["hidden"]))
-        modules = _narrow_removed(modules, facts, len(decision["hidden"]))
+            modules |= _narrow_norm(norm, facts.residual.width, len(channels))
+        modules = _narrow_removed(modules, len(channels))
     held = {name: list(shape) for name, shape in shapes.items() if shape is not None and not _is_in(name, modules)}
     for name, owner in facts.tied.items():
         if held.get(owner) is not None:
             held[name] = held[owner]
-    before = facts.config.get("compressed_shapes") or {}
-    kept = {name: shape for name, shape in before.items() if shapes.get(name, ()) is not None}
-    own = {"compressed_shapes": {**kept, **held}, "compressed_modules": dict(sorted(modules.items()))}
+    earlier = changed_shapes(facts.config)
+    kept = {name: shape for name, shape in earlier.items() if shapes.get(name, ()) is not None}
+    own = ClassChanges(compressed_shapes={**kept, **held}, compressed_modules=dict(sorted(modules.items())))
     return Redefinition({**reported, **own}, dict(shapes))
 
 
-def removed_modules(prunable: PrunableModule, width: int) -> dict[str, Any]:
+def removed_modules(prunable: PrunableModule, width: int) -> dict[str, ModuleEntry]:
     """The layers that replace a removed sub-block; `width` is that of its output projection's output."""
-    modules = {}
+    modules: dict[str, ModuleEntry] = {}
     for entry in prunable.layout.removal or ():
-        format_params = {
+        format_params: RemovedSpec = {
             "returns": entry.returns,
             "layer": entry.layer,
             "has_bias": bool(entry.adds and prunable.bias is not None),
@@ -348,29 +357,28 @@ def removed_modules(prunable: PrunableModule, width: int) -> dict[str, Any]:
     return modules
 
 
-def resized_modules(prunable: PrunableModule, units: int) -> dict[str, Any]:
-    """The new attributes of modules that count heads."""
-    return {
-        path: {
-            "form": "resized",
-            "spec": {"attributes": {name: number * units for name, number in numbers.items()}},
-            "shape": [],
-        }
-        for path, numbers in prunable.layout.attributes.items()
-        if numbers
-    }
+def resized_modules(prunable: PrunableModule, units: int) -> dict[str, ModuleEntry]:
+    """The layers that give modules that count heads their new attributes."""
+    found = _resized_attributes(prunable, units)
+    return {path: resized_entry({"attributes": attributes}) for path, attributes in found.items()}
 
 
-def _without(modules: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+def _resized_attributes(prunable: PrunableModule, units: int) -> dict[str, dict[str, int]]:
+    """The new attributes of modules that count heads, by path."""
+    attributes = prunable.layout.attributes
+    return {path: {name: n * units for name, n in numbers.items()} for path, numbers in attributes.items() if numbers}
+
+
+def _without(modules: Mapping[str, ModuleEntry], paths: Sequence[str]) -> dict[str, ModuleEntry]:
     return {name: entry for name, entry in modules.items() if not any(is_inside(name, path) for path in paths)}
 
 
-def _is_in(name: str, modules: Mapping[str, Any]) -> bool:
+def _is_in(name: str, modules: Mapping[str, ModuleEntry]) -> bool:
     """Whether a parameter is one of a `removed` layer, which knows its shape."""
     return any(entry["form"] == "removed" and name == f"{path}.bias" for path, entry in modules.items())
 
 
-def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, Any]:
+def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, ModuleEntry]:
     if not norm.formula.has_weight:
         divisor = norm.formula.divisor or width
         if norm.formula.kind == "layer":
@@ -379,21 +387,15 @@ def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, Any]:
                 where=norm.module,
                 hint="Leave hidden out of `prunables`.",
             )
-        return {norm.module: {"form": "rms_norm", "spec": {"width": divisor, "eps": norm.formula.eps}, "shape": [kept]}}
+        return {norm.module: rms_norm_entry(divisor, norm.formula.eps, kept)}
     if norm.formula.kind == "layer":
         return {}
-    return {
-        norm.module: {
-            "form": "resized",
-            "spec": {"attributes": {}, "eps": norm.formula.eps * width / kept},
-            "shape": [],
-        }
-    }
+    return {norm.module: resized_entry({"attributes": {}, "eps": norm.formula.eps * width / kept})}
 
 
-def _narrow_removed(modules: dict[str, Any], facts: ModelFacts, kept: int) -> dict[str, Any]:
+def _narrow_removed(modules: Mapping[str, ModuleEntry], kept: int) -> dict[str, ModuleEntry]:
     """The layers in place of removed sub-blocks, with the narrower width of the stream."""
     return {
-        path: {**entry, "shape": [kept]} if entry["form"] == "removed" and entry["shape"] != [0] else entry
+        path: {**entry, "shape": [kept]} if entry["form"] == "removed" and list(entry["shape"]) != [0] else entry
         for path, entry in modules.items()
     }

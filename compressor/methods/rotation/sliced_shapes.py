@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from compressor.lazy import torch
+from compressor.model.class_changes import ClassChanges, changed_modules, changed_shapes, rms_norm_entry
 from compressor.model.facts import ModelFacts, Redefinition
 from compressor.model.families import NORM_EPS_KEYS
 from compressor.model.residual_records import Residual, ResidualNorm
@@ -185,14 +186,13 @@ def per_sublayer_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redef
     residual = model.residual
     sublayers = [sublayer for block in residual.blocks for sublayer in block]
     shapes: dict[str, tuple[int, ...] | None] = {}
-    modules: dict[str, Any] = dict(model.config.get("compressed_modules") or {})
+    modules = changed_modules(model.config)
 
     def narrow(name: str, axis: int, width: int) -> None:
         shapes[name] = _resized(model.shapes[name], axis, width)
 
     def strip(norm: ResidualNorm, width: int) -> None:
-        format_params = {"width": residual.width, "eps": norm.formula.eps}
-        modules[norm.module] = {"form": "rms_norm", "spec": format_params, "shape": [width]}
+        modules[norm.module] = rms_norm_entry(residual.width, norm.formula.eps, width)
         shapes.update({f"{norm.module}.weight": None} if norm.formula.has_weight else {})
 
     for write in residual.embeddings:
@@ -214,8 +214,10 @@ def per_sublayer_redefinition(model: ModelFacts, widths: Sequence[int]) -> Redef
         path = f"{model.blocks}.{number}"
         modules[path] = {"form": "rotated_block", "spec": format_params, "shape": shape}
         shapes |= {f"{path}.shortcut_{n}": (shape[n], shape[n + 1]) for n in range(len(shape) - 1)}
-    before = model.config.get("compressed_shapes") or {}
-    config = {"compressed_shapes": {**before, **held}, "compressed_modules": modules}
+    config: ClassChanges = {
+        "compressed_shapes": {**changed_shapes(model.config), **held},
+        "compressed_modules": modules,
+    }
     return Redefinition(config, shapes, (residual.width, *widths), follows=True)
 
 
