@@ -23,6 +23,7 @@ from compressor.model.block_runner import Answer, Batch, Pieces, output_of
 from compressor.model.narrow_probe import Probes
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.probe_model import Kind, example_batch, make_probe_model
+from compressor.model.recorded_modules import recorded_inputs
 from compressor.model.replaceable import watch_reads
 from compressor.model.routing import ChoiceTrace
 
@@ -149,16 +150,15 @@ def checked(model: nn.Module) -> Iterator[None]:
 
 def _trace_probe(probe: PreTrainedModel, path: str, kinds: Sequence[Kind], batch: Batch) -> Traced:
     pieces = Pieces(probe, path)
-    used: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _m, _a, name=name: used.append(name))
+    outer = {
+        name: module
         for name, module in probe.named_modules()
         if any(True for _ in module.parameters(recurse=False)) and not name.startswith(path + ".")
-    ]
-    try:
+    }
+    with recorded_inputs(outer, lambda *_: None) as used:
         with watch_reads(probe) as embeddings_read:
             hidden, calls = pieces.embeddings(batch)
-        before = set(used)
+        before = {name for name, _ in used}
         groups: dict[Kind, tuple[tuple[Product, ...], ...]] = {}
         whole: dict[Kind, dict[str, Because]] = {}
         answers: dict[Kind, Answer] = {}
@@ -177,9 +177,6 @@ def _trace_probe(probe: PreTrainedModel, path: str, kinds: Sequence[Kind], batch
         with ObservedMatmuls(watched, found.append), watch_reads(probe) as seen:
             pieces.output_head(batch, hidden)
         read[None] = frozenset(_of_any_block(name, path) for name in embeddings_read | seen)
-    finally:
-        for handle in handles:
-            handle.remove()
     head = [call for call in found if probe.get_parameter(call.parameter).dim() == 2]
     names = {id(p): n for n, p in probe.named_parameters(remove_duplicate=True)}
     products = []
@@ -193,11 +190,9 @@ def _trace_probe(probe: PreTrainedModel, path: str, kinds: Sequence[Kind], batch
         if product not in products and owner not in before:
             products.append(product)
     # a subclass may scale, shift or mask its rows, which a layer that replaces nn.Embedding would not do
-    looked_up = [
-        name for name in dict.fromkeys(used) if name in before and type(probe.get_submodule(name)) is nn.Embedding
-    ]
+    looked_up = [name for name in dict(used) if name in before and type(probe.get_submodule(name)) is nn.Embedding]
     embeddings = tuple(Product(f"{name}.weight", False, False) for name in looked_up)
-    return Traced(groups, whole, answers, tuple(products), set(used) - before, embeddings, read)
+    return Traced(groups, whole, answers, tuple(products), {name for name, _ in used} - before, embeddings, read)
 
 
 def _of_any_block(name: str, path: str) -> str:

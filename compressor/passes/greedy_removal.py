@@ -36,7 +36,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypedDict, cast
+from typing import ClassVar, Literal, NotRequired, TypedDict, cast
 
 from pydantic import Field, NonNegativeFloat
 
@@ -85,6 +85,20 @@ class Candidate:
     units: tuple[tuple[str, tuple[int, ...]], ...]
 
 
+class Tried(TypedDict):
+    """Candidates that were tried together: their losses, or what they add alone if that was too much to measure them.
+
+    measured  see `Losses`; without it, all samples were measured
+    """
+
+    what: str
+    removed: bool
+    search: NotRequired[float]
+    confirm: NotRequired[float]
+    measured: NotRequired[float]
+    adds: NotRequired[float]
+
+
 class RemovalFigures(TypedDict):
     """Losses on both parts of the samples, and the number of measurements."""
 
@@ -96,7 +110,7 @@ class RemovalFigures(TypedDict):
 class RemovalDecision(PruningDecision):
     """log: what was tried, in order"""
 
-    log: list[dict[str, Any]]
+    log: list[Tried]
     figures: RemovalFigures
 
 
@@ -358,7 +372,7 @@ class Search:
     rank: Callable[[RemovedUnits], Losses] | None = None
     fits: Callable[[RemovedUnits], bool] = lambda removed: True
     removed: RemovedUnits = field(default_factory=dict)
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: list[Tried] = field(default_factory=list)
     evaluations: int = 1
 
     def __post_init__(self) -> None:
@@ -401,8 +415,11 @@ class Search:
                 break
             found = self._measured(removed)
             goes = found.is_within(self.limit)
-            row = {"what": " + ".join(c.name for c in group), "search": found.search, "confirm": found.confirm}
-            self.log.append(row | {"removed": goes} | ({} if found.measured == 1 else {"measured": found.measured}))
+            what = " + ".join(c.name for c in group)
+            row: Tried = {"what": what, "search": found.search, "confirm": found.confirm, "removed": goes}
+            if found.measured != 1:
+                row["measured"] = found.measured
+            self.log.append(row)
             if goes:
                 self.removed, self.now = removed, found
                 suspects = max(0, suspects - len(group))
