@@ -109,12 +109,12 @@ Decision = Mapping[str, Any]  # small, sorted JSON; a pass may describe the keys
 class PruningDecision(TypedDict):
     """What pruning keeps.
 
-    prunables    name of a prunable module -> ascending indices of the units that stay; a module without entry stays whole
+    sites    name of a prunable module -> ascending indices of the units that stay; a module without entry stays whole
     hidden   indices of the residual stream that stay, or null: all of them
-    removed  names of prunable modules that are removed as a whole; the same as an empty list under `prunables`
+    removed  names of prunable modules that are removed as a whole; the same as an empty list under `sites`
     """
 
-    prunables: Mapping[str, Sequence[int]]
+    sites: Mapping[str, Sequence[int]]
     hidden: NotRequired[Sequence[int] | None]
     removed: NotRequired[Sequence[str]]
 
