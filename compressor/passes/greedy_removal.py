@@ -156,10 +156,6 @@ class GreedyRemoval(RewritePass):
         return Traits(reads="inputs")
 
     @property
-    def decides(self) -> bool:
-        return True
-
-    @property
     def unplanned(self) -> str:
         return "the run decides what is removed"
 

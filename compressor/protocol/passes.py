@@ -73,9 +73,10 @@ class Pass(BaseModel):
     def decides(self) -> bool:
         """Whether the pass makes a choice over the whole model before its sweep, which costs a run of the model.
 
-        `plan` then shows upper bounds.
+        `plan` then shows upper bounds. True if the class has its own `decide` or `choose`. A pass whose settings tell
+        whether there is a choice overrides this property, too.
         """
-        return False
+        raise NotImplementedError
 
     @property
     def unplanned(self) -> str:
@@ -102,6 +103,10 @@ class WeightPass(Pass):
     """
 
     keeps_block: ClassVar[bool] = False  # it holds values of all weights of a block at once
+
+    @property
+    def decides(self) -> bool:
+        return type(self).decide is not WeightPass.decide
 
     def stored(self, weight: Weight) -> str | None:
         """Name of the format that this pass would leave for `weight`: `Traits.stores`, unless kinds of weights differ.
@@ -181,6 +186,10 @@ class RewritePass(Pass):
 
     keeps_function: ClassVar[bool] = False  # the model computes the same as before, except for rounding
 
+    @property
+    def decides(self) -> bool:
+        return type(self).choose is not RewritePass.choose
+
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work] | None:
         """The work on each part. What comes before the first part is written, `choose` and `survey`, counts in part 0.
 
@@ -231,6 +240,10 @@ class RewritePass(Pass):
 
 class TokenPass(Pass):
     """Lets blocks drop tokens. It writes no parameter, so it may stand before or after steps that store weights."""
+
+    @property
+    def decides(self) -> bool:
+        return type(self).choose is not TokenPass.choose
 
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> Work | None:
         """The work of `choose`. See `RewritePass.work`."""

@@ -10,7 +10,7 @@ import counting_passes
 import pytest
 import tiny
 import torch
-from counting_passes import Counting, Forgetful, LeavesOut
+from counting_passes import DECISIONS, Chooses, ChoosesGates, Counting, Decides, Forgetful, LeavesOut
 from raising import raises
 
 from compressor.engine.plan import make_plan
@@ -70,7 +70,7 @@ def counting(tmp_path_factory):
     info = site / "counting-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
-    names = ("Counting", "Forgetful", "LeavesOut")
+    names = ("Counting", "Forgetful", "LeavesOut", "Decides", "Chooses")
     points = "".join(f"{name.lower()} = counting_passes:{name}\n" for name in names)
     (info / "entry_points.txt").write_text(f"[compressor.passes]\n{points}")
     folders = [str(site), str(Path(counting_passes.__file__).parent)]
@@ -102,6 +102,22 @@ def test_a_selected_weight_that_a_pass_says_nothing_of_ends_the_run(counting, tm
     model = tiny.save("llama", tmp_path / "model")
     with raises(PassError, where="model.layers.0.self_attn.q_proj", reason="left-out", weights=7):
         sweep(recipe_for("leavesout", LeavesOut()), model, tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "decision"), [("decides", Decides(), {"parts": 4}), ("chooses", Chooses(), {"chosen": True})]
+)
+def test_a_pass_that_only_writes_its_choice_gets_its_decision(name, settings, decision, counting, llama, tmp_path):
+    """Nothing has to be set besides: `decides` follows from the method."""
+    DECISIONS.clear()
+    swept = sweep(recipe_for(name, settings), llama, tmp_path / "work")
+    assert DECISIONS[-1] == decision
+    assert [warning.where for warning in swept.plan.warnings if warning.code == "sizes-undecided"] == ["steps.0"]
+
+
+def test_a_pass_decides_exactly_if_it_has_a_choice():
+    assert Decides().decides and Chooses().decides and ChoosesGates().decides
+    assert not (LeavesOut().decides or Counting().decides)
 
 
 @pytest.fixture(scope="module")

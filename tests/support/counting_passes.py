@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from compressor.protocol import Redefinition, RewritePass, Traits, WeightPass
+from compressor.protocol import Redefinition, RewritePass, TokenPass, Traits, WeightPass
 
 SEEN = []  # of `Forgetful`: lost when a run is interrupted
+DECISIONS = []  # of `Decides` and `Chooses`: what each part or the second plan got
 
 
 class Counting(RewritePass):
@@ -58,6 +59,45 @@ class LeavesOut(WeightPass):
 
     def block(self, view):
         pass
+
+
+class Decides(WeightPass):
+    """Has a choice of its own, and doesn't mention it in `decides`."""
+
+    @property
+    def traits(self):
+        return Traits(reads="inputs")
+
+    def stored(self, weight):
+        return "dense"
+
+    def decide(self, model):
+        return {"parts": sum(1 for _ in model.views())}
+
+    def block(self, view):
+        DECISIONS.append(view.decision)
+        for stage in view.stages():
+            for group in stage:
+                for weight in group:
+                    view.keep(weight, reason="as decided")
+
+
+class Chooses(Counting):
+    """The same for a pass that changes the model."""
+
+    def choose(self, model):
+        return {"chosen": True}
+
+    def redefine(self, model, decision):
+        DECISIONS.append(decision)
+        return Redefinition(decision=decision)
+
+
+class ChoosesGates(TokenPass):
+    """The same for a pass that drops tokens."""
+
+    def choose(self, model):
+        return {"chosen": True}
 
 
 def _scale(view, by):
