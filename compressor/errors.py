@@ -7,7 +7,7 @@ are documented in docs/exit-codes.md. A `Notice` is a warning: the run continues
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypedDict
 
 
@@ -17,6 +17,7 @@ class WarningRow(TypedDict):
     code: str
     where: str
     message: str
+    data: dict[str, Any]
 
 
 class ErrorEvent(TypedDict):
@@ -47,18 +48,20 @@ class Notice:
 
     code   names its kind: few-tokens
     where  the weight, file, recipe position or setting it is about
+    data   the values of the message by name, for programs: {"tokens": 32}. JSON values
     """
 
     code: str
     where: str
     message: str
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> WarningRow:
-        return {"code": self.code, "where": self.where, "message": self.message}
+        return {"code": self.code, "where": self.where, "message": self.message, "data": dict(self.data)}
 
     @classmethod
     def from_json(cls, row: WarningRow) -> Notice:
-        return cls(row["code"], row["where"], row["message"])
+        return cls(row["code"], row["where"], row["message"], row["data"])
 
     def __str__(self) -> str:
         return f"warning[{self.code}]: {self.where}: {self.message}"
@@ -179,7 +182,7 @@ class Interrupted(CompressError):
 
 
 class Because(str):
-    """A reason as part of an error's message, with its values, which are `because` in the error's data."""
+    """A reason as part of a message, with its values, which are `because` in the data of the error or warning."""
 
     data: dict[str, Any]
 

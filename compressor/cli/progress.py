@@ -138,7 +138,7 @@ def _plain(console: Console) -> Callable[[Event, Timeline], None]:
 
 def _warning(console: Console, event: Event) -> None:
     if event["event"] == "warning":
-        notice = Notice(event["code"], event["where"], event["message"])
+        notice = Notice.from_json(event)
         console.print(str(notice), highlight=False, markup=False)
 
 

@@ -199,8 +199,8 @@ class BlockView:
     def progress(self, what: str, share: float | None = None) -> None:
         self.tell(what, share)
 
-    def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append(Notice(code, where, message))
+    def warn(self, code: str, where: str, message: str, /, **data: Any) -> None:
+        self.warnings.append(Notice(code, where, message, data))
 
     def left_out(self) -> list[str]:
         """Selected weights of this part that the pass has neither put nor kept."""

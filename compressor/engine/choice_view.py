@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, device, nn
@@ -199,8 +200,8 @@ class ModelView:
         self._work = (what, share)
         self.tell(self._part, what, share)
 
-    def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append(Notice(code, where, message))
+    def warn(self, code: str, where: str, message: str, /, **data: Any) -> None:
+        self.warnings.append(Notice(code, where, message, data))
 
     def _embed(self) -> None:
         if not self._is_embedded:

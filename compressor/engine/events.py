@@ -105,6 +105,7 @@ class WarningEvent(TypedDict):
     code: str
     where: str
     message: str
+    data: dict[str, Any]
 
 
 class ResultEvent(TypedDict):

@@ -34,7 +34,7 @@ from compressor.engine.planned_formats import follow_formats
 from compressor.engine.planned_reshapes import follow_reshapes
 from compressor.engine.selected_weights import named_functions, select_weights, skipped_weights, without_odd_widths
 from compressor.engine.trial import NoProbeModel, try_loaders
-from compressor.errors import CompressError, ModelError, PreflightError, values_of
+from compressor.errors import Because, CompressError, ModelError, PreflightError, values_of
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
 from compressor.model.facts import Decision
@@ -66,7 +66,7 @@ def make_plan(
     if prove and (probe := prove_by_replay(source)).is_large:
         size = sum(parameter.nbytes for parameter in probe.empty.parameters())
         message = f"no narrow probe model has its modules, so its structure is found on one of {size:,} bytes"
-        findings.warn("wide-probe", source.architecture, message)
+        findings.warn("wide-probe", source.architecture, message, bytes=size)
     recipe = recipe.fit_lengths(limit_of(source.model))
     _warn_of_unused_code(source, findings)
     _warn_of_quantized_source(source, findings)
@@ -75,7 +75,7 @@ def make_plan(
     check_limits(plan.sizes, recipe.limits, output, findings)
     for name, asked in replaced_implementations(source.checkpoint.config).items():
         message = f"{name} {asked} is not used during compression; the model runs with torch's own operations"
-        findings.warn("implementation-replaced", "config.json", message)
+        findings.warn("implementation-replaced", "config.json", message, setting=name, asked=asked)
     return replace(plan, problems=tuple(findings.problems), warnings=tuple(findings.warnings))
 
 
@@ -135,7 +135,7 @@ def _with_storing_steps(
                 f"the experts of a block ({largest:,} bytes) don't fit into memory, so they lie in a mapped file in "
                 "the work directory. The artifact is the same, the run takes longer"
             )
-            findings.warn("experts-mapped", structure.architecture, message)
+            findings.warn("experts-mapped", structure.architecture, message, bytes=largest)
     _warn_of_undecided_sizes(recipe, reshapes, findings)
     _warn_of_divided_data(recipe, findings)
     unused = _unused_tensors(source, structure, reshapes, findings)
@@ -183,7 +183,7 @@ def _warn_of_unused_code(source: Structure, findings: Findings) -> None:
             f"config.json names code for {source.architecture}. transformers has a class of this name, which is "
             "used instead; the artifact doesn't hold the code"
         )
-        findings.warn("code-not-used", ", ".join(files), message)
+        findings.warn("code-not-used", ", ".join(files), message, files=files)
 
 
 def _warn_of_quantized_source(source: Structure, findings: Findings) -> None:
@@ -191,7 +191,8 @@ def _warn_of_quantized_source(source: Structure, findings: Findings) -> None:
     quantized = source.checkpoint.quantized
     if quantized is not None:
         unread = f"; {len(quantized.unread)} scales of activations are not used" if quantized.unread else ""
-        findings.warn("quantized-source", source.checkpoint.directory.name, f"{quantized.notice}{unread}")
+        where, message = source.checkpoint.directory.name, f"{quantized.notice}{unread}"
+        findings.warn("quantized-source", where, message, **values_of(quantized.notice), unread=len(quantized.unread))
 
 
 def _check_facts(recipe: Recipe, findings: Findings) -> None:
@@ -232,7 +233,7 @@ def _find_producers(recipe: Recipe, structure: Structure, selected: Selected, fi
             weight.name in chosen for other in later for weight in selected[other.path]
         ):
             message = f"{step.name} leaves its weights dense, and no later step stores any of them"
-            findings.warn("nothing-stored", dotted(step.path), message)
+            findings.warn("nothing-stored", dotted(step.path), message, **{"pass": step.name})
         if not any(weight.parameter in read for weight in selected[step.path]):
             findings.problems.append(
                 PreflightError(
@@ -292,7 +293,7 @@ def _export_format(
             f"{len(asymmetric)} weights have asymmetric 8-bit codes, which transformers can read and vLLM "
             "can't; for vLLM set symmetric: true, or 4 bits"
         )
-        findings.warn("vllm-asymmetric-8-bits", asymmetric[0].weight.name, message)
+        findings.warn("vllm-asymmetric-8-bits", asymmetric[0].weight.name, message, weights=len(asymmetric))
     return export_format
 
 
@@ -333,7 +334,8 @@ def _tried_export_format(
         message = (
             f"loading {export_format.name} was not tried: {reason}. The run finds out after its sweep whether it works."
         )
-        findings.warn("format-untried", structure.architecture, message)
+        because = values_of(reason.obstacle)
+        findings.warn("format-untried", structure.architecture, message, format=export_format.name, because=because)
     return export_format
 
 
@@ -342,8 +344,9 @@ def _warn_of_undecided_sizes(recipe: Recipe, reshapes: Sequence[Reshape], findin
     for step in recipe.steps:
         is_decided = any(reshape.step == step and reshape.redefinition.decision is not None for reshape in reshapes)
         if step.settings.unplanned and not is_decided:
-            message = f"{step.name}: {step.settings.unplanned}; its sizes here are {step.settings.sizes_are}"
-            findings.warn("sizes-undecided", dotted(step.path), message)
+            sizes = step.settings.sizes_are
+            message = f"{step.name}: {step.settings.unplanned}; its sizes here are {sizes}"
+            findings.warn("sizes-undecided", dotted(step.path), message, **{"pass": step.name}, sizes=sizes)
 
 
 def _warn_of_divided_data(recipe: Recipe, findings: Findings) -> None:
@@ -363,7 +366,7 @@ def _unused_tensors(
     """
     checkpoint, bindings = source.checkpoint, source.bindings
     for message in checkpoint.unread:
-        findings.warn("second-weights", checkpoint.directory.name, message)
+        findings.warn("second-weights", checkpoint.directory.name, message, **values_of(message))
     for name in bindings.apart:
         message = "config.json ties it to a tensor with other values, so it stays untied, as in transformers"
         findings.warn("not-tied", name, message)
@@ -380,17 +383,20 @@ def _unused_tensors(
     kept = [row for row in rows if row["carried"]]
     lost = [row for row, unused in zip(rows, bindings.unused) if unused.is_carried and not row["carried"]]
     if kept:
-        message = f"{_count(kept)} that {source.architecture} doesn't use are copied into the artifact unchanged"
-        findings.warn("unused-tensors", _some(kept), message)
+        count = _count(kept)
+        message = f"{count} that {source.architecture} doesn't use are copied into the artifact unchanged"
+        findings.warn("unused-tensors", _some(kept), message, **values_of(count))
     if lost:
         changer = next(reshape.step.name for reshape in reshapes if isinstance(reshape.step.settings, RewritePass))
-        message = f"{_count(lost)} that {source.architecture} doesn't use are left out: {changer} changes their model"
-        findings.warn("left-out-tensors", _some(lost), message)
+        count = _count(lost)
+        message = f"{count} that {source.architecture} doesn't use are left out: {changer} changes their model"
+        findings.warn("left-out-tensors", _some(lost), message, **{"pass": changer}, **values_of(count))
     return tuple(rows)
 
 
-def _count(rows: list[UnusedRow]) -> str:
-    return f"{len(rows)} tensors ({sum(row['bytes'] for row in rows):,} bytes)"
+def _count(rows: list[UnusedRow]) -> Because:
+    size = sum(row["bytes"] for row in rows)
+    return Because(f"{len(rows)} tensors ({size:,} bytes)", tensors=len(rows), bytes=size)
 
 
 def _some(rows: list[UnusedRow]) -> str:

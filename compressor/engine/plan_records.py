@@ -110,8 +110,8 @@ class Findings:
     problems: list[CompressError] = field(default_factory=list)
     warnings: list[Notice] = field(default_factory=list)
 
-    def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append(Notice(code, where, message))
+    def warn(self, code: str, where: str, message: str, /, **data: Any) -> None:
+        self.warnings.append(Notice(code, where, message, data))
 
 
 @dataclass(frozen=True)

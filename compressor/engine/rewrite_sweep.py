@@ -94,8 +94,8 @@ class PartView:
         before = tensor_named(self.structure.model, parameter).data if value is None else self.read(parameter)
         self.written[parameter] = Changed(before, (change,), axis)
 
-    def warn(self, code: str, where: str, message: str) -> None:
-        self.warnings.append(Notice(code, where, message))
+    def warn(self, code: str, where: str, message: str, /, **data: Any) -> None:
+        self.warnings.append(Notice(code, where, message, data))
 
     def signals(self, norm: ResidualNorm) -> Iterator[Tensor]:
         return self.inputs(norm.module)

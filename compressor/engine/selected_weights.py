@@ -115,7 +115,8 @@ def _without_unfit(
         if refused := [name for name in names if name in meant]:
             findings.problems.append(_not_storable(step, refused, why))
         if kept := [name for name in names if name not in meant]:
-            findings.warn("stays-dense", kept[0], f"{len(kept)} weights stay dense, such as {kept[0]}: {why}")
+            values = {"pass": step.name, "weights": len(kept), "because": values_of(why)}
+            findings.warn("stays-dense", kept[0], f"{len(kept)} weights stay dense, such as {kept[0]}: {why}", **values)
     left = [weight for weight in chosen if weight.name not in reasons]
     if not left and not any(weight.name in meant for weight in chosen):
         findings.problems.append(_no_weight_left(step, next(iter(reasons.values()))))
@@ -158,7 +159,7 @@ def _without_shared_tables(
             kept.append(weight)
             continue
         message = f"shares its weight with {other}, which multiplies by it, so it stays dense; the ! allows that"
-        findings.warn("shared-table", weight.name, message)
+        findings.warn("shared-table", weight.name, message, other=other)
     return kept
 
 

@@ -33,6 +33,7 @@ from compressor.artifact.modeling_file import modeling_source
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.artifact.stock_loading import load_stock
 from compressor.artifact.writer import seal, write_json
+from compressor.errors import Because
 from compressor.layers.base import Layer
 from compressor.layers.byte_linear import ByteLinear
 from compressor.layers.int8_split_linear import Int8SplitLinear
@@ -55,7 +56,11 @@ MOST_PARAMETERS = 1 << 26  # of a probe model that is tried; 128 MiB in 16 bits
 
 
 class NoProbeModel(Exception):
-    """No probe model of the class could be made, or none is small enough. The message is about the last attempt."""
+    """No probe model of the class could be made, or none is small enough. obstacle: of the last attempt"""
+
+    def __init__(self, obstacle: Because) -> None:
+        self.obstacle = obstacle
+        super().__init__(obstacle)
 
 
 def try_loaders(structure: Structure, formats: Sequence[StoredWeight], export_format: ExportFormat) -> str | None:
@@ -115,7 +120,7 @@ def _try(probe: Structure, formats: Sequence[StoredWeight], export_format: Expor
 def _save_probe_model(structure: Structure, formats: Sequence[StoredWeight], directory: Path) -> Structure:
     """Save a small checkpoint of the model's class. raises NoTwin"""
     logging.disable_progress_bar()
-    obstacle = ""
+    obstacle = Because("")
     cls = type(structure.model)
     shallow = structure.probes.whole.config
     for change in _narrowings(shallow, structure, formats):
@@ -124,7 +129,8 @@ def _save_probe_model(structure: Structure, formats: Sequence[StoredWeight], dir
             empty = make_probe_model(cls, config, torch.device("meta"), structure.dtype)
             size = sum(parameter.numel() for parameter in empty.parameters())
             if size > MOST_PARAMETERS:
-                obstacle = f"its smallest probe model has {size:,} parameters; at most {MOST_PARAMETERS:,} are tried"
+                text = f"its smallest probe model has {size:,} parameters; at most {MOST_PARAMETERS:,} are tried"
+                obstacle = Because(text, reason="large", parameters=size, limit=MOST_PARAMETERS)
                 continue
             probe = make_probe_model(cls, config, torch.device("cpu"), structure.dtype, empty)
             with torch.no_grad():  # a class may be made at sizes at which it can't run, as with too few experts
@@ -138,7 +144,8 @@ def _save_probe_model(structure: Structure, formats: Sequence[StoredWeight], dir
             probe.save_pretrained(directory)
             return _read(directory, structure)
         except Exception as error:  # the class or config rejects these sizes; the next are nearer to its own
-            obstacle = f"no probe model can be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            obstacle = Because(f"no probe model can be made ({cause})", reason="not-made", cause=cause)
     raise NoProbeModel(obstacle)
 
 

@@ -73,6 +73,7 @@ def compare(paths: list[Path], gates: dict[str, float] | None = None) -> Compari
     differ = _other_samples(subjects)
     message = "they were measured on different samples, so their metrics can't be compared"
     names = [_name(path, subject) for path, subject in zip(paths, subjects, strict=True)]
+    notice = Notice("other-samples", ", ".join(names), message, {"subjects": names})
     if differ and (changes := [name for name in gates or {} if split_gate(name)[1] in CHANGE]):
         raise UsageError(
             message,
@@ -84,7 +85,7 @@ def compare(paths: list[Path], gates: dict[str, float] | None = None) -> Compari
         "subjects": names,
         "rows": rows,
         "weights": [{"name": name, "values": [table.get(name) for table in tables]} for name in weights],
-        "warnings": [Notice("other-samples", ", ".join(names), message).to_json()] if differ else [],
+        "warnings": [notice.to_json()] if differ else [],
         "gates": _judge(gates or {}, subjects[0], subjects[-1]),
     }
 

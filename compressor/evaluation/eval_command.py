@@ -19,7 +19,7 @@ from compressor.artifact.stock_formats import check_loader
 from compressor.data.samples import Samples
 from compressor.engine.request import check_summary
 from compressor.engine.run_samples import check_length, read_evaluation_data
-from compressor.errors import KernelError, ModelError, UsageError, WarningRow
+from compressor.errors import KernelError, ModelError, Notice, UsageError, WarningRow, values_of
 from compressor.evaluation.environment import environment
 from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.report import (
@@ -143,7 +143,8 @@ def _open_baseline(directory: Path, trust_remote_code: bool) -> Checkpoint:
 def _baseline_warnings(before: Checkpoint | None) -> list[WarningRow]:
     if before is None or before.quantized is None:
         return []
-    return [{"code": "quantized-source", "where": before.directory.name, "message": before.quantized.notice}]
+    notice = before.quantized.notice
+    return [Notice("quantized-source", before.directory.name, notice, values_of(notice)).to_json()]
 
 
 def _check_baseline(asked: Recipe, baseline: str | None) -> None:

@@ -22,7 +22,7 @@ from compressor.artifact.stock_formats import FAMILIES
 from compressor.engine.line_facts import LineFacts, StepRecord
 from compressor.engine.plan_records import DecidedPlan, Plan, export_format_row
 from compressor.engine.request import _summary_file
-from compressor.errors import WarningRow
+from compressor.errors import Notice, WarningRow
 from compressor.evaluation.render import fill_template, is_evaluation, render_html, render_junit, render_markdown
 from compressor.evaluation.sections import (
     AnyReport,
@@ -197,7 +197,7 @@ def finite(value: Tree) -> Tree:
 def unmeasured_warnings(metrics: dict[str, MetricRow]) -> list[WarningRow]:
     """A warning for each metric that was asked for and has no value."""
     return [
-        {"code": "not-measured", "where": name, "message": row.get("reason", "not a finite number")}
+        Notice("not-measured", name, row.get("reason", "not a finite number")).to_json()
         for name, row in metrics.items()
         if row["after"] is None
     ]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import ModelError
+from compressor.errors import Because, ModelError
 from compressor.model.model_card import Licence, read_licence
 from compressor.model.model_files import check_directory, regular_file
 from compressor.model.quantized_weight import Quantization
@@ -148,7 +148,8 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
         )
     if others := _other_weights(directory, files):
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-        unread.append(f"{name} is read, as transformers does; {shown} contain weights too and are not read")
+        text = f"{name} is read, as transformers does; {shown} contain weights too and are not read"
+        unread.append(Because(text, read=name, others=others))
     return Checkpoint(directory, config, tensors, metadata, tuple(unread))
 
 
@@ -292,7 +293,7 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
     message = (
         f"{len(twice)} tensors lie in two shards, such as {twice[0]}; that of {last} is read, as transformers does"
     )
-    return tensors, set(files), [message]
+    return tensors, set(files), [Because(message, tensors=len(twice), first=twice[0], read=last)]
 
 
 def _no_weights(directory: Path) -> ModelError:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import ModelError
+from compressor.errors import Because, ModelError
 from compressor.storage.safetensors_file import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
@@ -64,9 +64,10 @@ class Quantization:
         return f"{bits} bits ({', '.join((self.method, *self.layouts))})"
 
     @property
-    def notice(self) -> str:
+    def notice(self) -> Because:
         """The sentence of the warning in plan and report, and of `inspect`."""
-        return f"source has {self}; the baseline is the dequantized model"
+        text = f"source has {self}; the baseline is the dequantized model"
+        return Because(text, method=self.method, bits=list(self.bits), layouts=list(self.layouts))
 
 
 def quantization_of(

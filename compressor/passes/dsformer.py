@@ -52,7 +52,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
-from compressor.errors import ShapeError
+from compressor.errors import Because, ShapeError
 from compressor.lazy import torch
 from compressor.methods.factorization.counted_work import (
     error_work,
@@ -360,7 +360,8 @@ class DSFormer(FactorPass):
         after = loss([stand_in(one) for one in refined])
         is_better = after < before
         if not is_better:
-            view.warn("not-refined", solved[0].weight.name, f"training did not lower the block's loss of {before:.3g}")
+            message = f"training did not lower the block's loss of {before:.3g}"
+            view.warn("not-refined", solved[0].weight.name, message, before=before, after=after)
         for one in refined if is_better else solved:
             error = one.metric.relative_error(one.matrix, one.layer.matrix(torch.float32))
             losses = {"refine_loss_before": before, "refine_loss": after if is_better else before}
@@ -390,7 +391,8 @@ class DSFormer(FactorPass):
             best, error = rival, rival_error
             record |= {"chosen": "low_rank", "fallback": "svd"}
         if self.max_rel_error is not None and error > self.max_rel_error:
-            self.leave_dense(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
+            why = f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}"
+            self.leave_dense(view, weight, Because(why, error=error, limit=self.max_rel_error), record)
             return None
         record["output_error"] = error**0.5
         view.put(weight, best, **record)
@@ -402,7 +404,7 @@ class DSFormer(FactorPass):
         wanted = (self.ratio or DEFAULT_RATIO) * dense_bytes(weight.shape)
         if size < (1 - RATIO_TOLERANCE) * wanted:
             message = f"uses {size} of the {wanted:.0f} bytes asked for: no pair of atoms and k fills them better"
-            view.warn("ratio-missed", weight.name, message)
+            view.warn("ratio-missed", weight.name, message, bytes=size, wanted=wanted)
 
     def _sparse(self, problem: Problem, atoms: int, k: int) -> tuple[SparseFactorLinear, float]:
         """The sparse factors of the matrix in their stored format, and the relative error."""

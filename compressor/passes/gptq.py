@@ -183,9 +183,11 @@ class GPTQ(WeightPass):
                 f"{seen} calibration tokens for {group.in_features} inputs are too few",
                 where=group.name,
                 hint=f"Set a larger data.samples or data.length, or min_tokens: {seen}.",
+                data={"reason": "few-tokens", "tokens": seen, "inputs": group.in_features},
             )
         if seen < wanted:
-            view.warn("few-tokens", group.name, f"{seen} calibration tokens for {group.in_features} inputs")
+            message = f"{seen} calibration tokens for {group.in_features} inputs"
+            view.warn("few-tokens", group.name, message, tokens=seen, inputs=group.in_features)
         return "own"
 
     def _choose_for_expert(
@@ -199,8 +201,13 @@ class GPTQ(WeightPass):
             return "own"
         seen = f"the expert got {tokens} of the {wanted} calibration tokens that it needs"
         if self.sparse_expert == "error":
-            raise PassError(seen, where=group.name, hint="Set a larger data.samples, or sparse_expert: blend.")
-        view.warn("sparse-expert", group.name, f"{seen}; {self.sparse_expert}")
+            raise PassError(
+                seen,
+                where=group.name,
+                hint="Set a larger data.samples, or sparse_expert: blend.",
+                data={"reason": "sparse-expert", "tokens": tokens, "wanted": wanted},
+            )
+        view.warn("sparse-expert", group.name, f"{seen}; {self.sparse_expert}", tokens=tokens, wanted=wanted)
         return "rtn" if self.sparse_expert == "rtn" or not others else Blend(siblings, wanted)
 
     def _solve_group(self, view: BlockView, group: Group, gram: Gram | None) -> None:
@@ -223,6 +230,7 @@ class GPTQ(WeightPass):
                     f"its Hessian is not positive definite even with damping {self.max_percdamp:g}",
                     where=group.name,
                     hint="Set a larger data.samples or max_percdamp, or on_failure: rtn.",
+                    data={"reason": "not-positive-definite", "damping": self.max_percdamp},
                 )
             if problem is None:
                 view.warn("not-positive-definite", group.name, "no damping helped; rounded to nearest")

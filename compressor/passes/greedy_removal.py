@@ -227,6 +227,7 @@ class GreedyRemoval(RewritePass):
                 "the loss of the model is not a finite number",
                 where="greedy_removal",
                 hint="Check the outputs of the model on the calibration data.",
+                data={"reason": "not-finite"},
             )
         # a ranking on all samples needs all their losses
         limit = base.raised(self.max_loss_increase if trials.is_sampled else math.inf)

@@ -159,7 +159,7 @@ class LLMInt8(WeightPass):
             if dropped:
                 largest = float(count.largest[dropped].max())
                 message = f"{len(dropped)} outlier features beyond max_outlier_columns are rounded, up to {largest:.3g}"
-                view.warn("outliers-dropped", group.name, message)
+                view.warn("outliers-dropped", group.name, message, features=len(dropped), largest=largest)
         for weight in group:
             matrix = view.matrix(weight)
             layer = Int8SplitLinear.pack(matrix, self.threshold, view.dtype, columns)

@@ -30,6 +30,7 @@ from pydantic import Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from compressor.bounds import Count
+from compressor.errors import Because
 from compressor.lazy import torch
 from compressor.methods.factorization.counted_work import error_work, factors_work, metric_work, spectrum_work
 from compressor.methods.factorization.factor_pass import FactorPass
@@ -218,7 +219,8 @@ class LowRank(FactorPass):
         record |= {"rank": rank, "relative_error": error, "output_error": error**0.5}
         if self.max_rel_error is not None and error > self.max_rel_error:
             del record["output_error"]  # of factors that are not stored
-            self.leave_dense(view, weight, f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}", record)
+            why = f"error {error:.3g} is above max_rel_error {self.max_rel_error:g}"
+            self.leave_dense(view, weight, Because(why, error=error, limit=self.max_rel_error), record)
             return
         view.put(weight, layer, **record)
 

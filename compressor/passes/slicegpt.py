@@ -485,4 +485,5 @@ def _warn_if_few(view: PartView, tokens: int, eigenvalues: torch.Tensor) -> None
     rank = int((eigenvalues > RANK_TOLERANCE * eigenvalues[0]).sum())
     if tokens < ENOUGH * width:
         seen = f"{tokens:,} calibration tokens span {rank} of {width} directions"
-        view.warn("few-tokens", "slicegpt", f"{seen}; use at least {ENOUGH * width:,}")
+        values = {"tokens": tokens, "rank": rank, "width": width, "wanted": ENOUGH * width}
+        view.warn("few-tokens", "slicegpt", f"{seen}; use at least {ENOUGH * width:,}", **values)

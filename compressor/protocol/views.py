@@ -152,8 +152,8 @@ class BlockView(Protocol):
         """
         ...
 
-    def warn(self, code: str, where: str, message: str) -> None:
-        """Add a warning to the report."""
+    def warn(self, code: str, where: str, message: str, /, **data: Any) -> None:
+        """Add a warning to the report. data: the values of the message by name, for programs"""
         ...
 
 
@@ -200,8 +200,8 @@ class PartView(Protocol):
         """
         ...
 
-    def warn(self, code: str, where: str, message: str) -> None:
-        """Add a warning to the report."""
+    def warn(self, code: str, where: str, message: str, /, **data: Any) -> None:
+        """Add a warning to the report. data: the values of the message by name, for programs"""
         ...
 
     def signals(self, norm: ResidualNorm) -> Iterator[torch.Tensor]:
@@ -318,6 +318,6 @@ class RunnableModel(Protocol):
         """Show what a long choice is doing, and how much of it is done. See `BlockView.progress`."""
         ...
 
-    def warn(self, code: str, where: str, message: str) -> None:
-        """Add a warning to the report."""
+    def warn(self, code: str, where: str, message: str, /, **data: Any) -> None:
+        """Add a warning to the report. data: the values of the message by name, for programs"""
         ...

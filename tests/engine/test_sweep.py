@@ -161,7 +161,7 @@ def test_a_plan_maps_experts_only_if_they_do_not_fit(step, maps, tmp_path, monke
         recipe = b"version: 1\ndata: {source: random, samples: 2, length: 8}\nsteps: [{pass: %s}]\n" % step.encode()
         overrides = [f"limits.memory={memory}", "eval.data.length=8", "eval.batch_size=1"]
         plan = make_plan(parse_recipe(recipe, overrides=overrides), str(model), prove=False)
-        told = [warning.message for warning in plan.warnings if warning.code == "experts-mapped"]
+        told = [warning.data for warning in plan.warnings if warning.code == "experts-mapped"]
         return plan.sizes, [problem.where for problem in plan.problems], told
 
     large, refused, told = planned(1 << 34)
@@ -170,5 +170,5 @@ def test_a_plan_maps_experts_only_if_they_do_not_fit(step, maps, tmp_path, monke
     assert small.maps_experts == maps and refused == ([] if maps else ["memory"])
     if maps:
         assert small.peak_memory_bytes <= 2 * experts < small.disk_bytes - large.disk_bytes
-        assert f"{experts:,} bytes" in told[0]
+        assert told == [{"bytes": experts}]
     assert planned(1000)[1] == ["memory"]

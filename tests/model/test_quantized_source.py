@@ -175,7 +175,7 @@ def test_dense_values_are_those_of_the_owner(source):
 
 def test_a_run_gives_the_artifact_of_the_dense_model(source, tmp_path):
     """The verification of the run has compared every tensor with the source, as stock transformers loads it."""
-    directory, owner, family, said, recipe = source
+    directory, owner, family, _, recipe = source
     dense = quantized.dense_checkpoint(owner, family, tmp_path / "dense")
     report = compress(parse_recipe(recipe.encode()), str(directory), tmp_path / "out", measure=False)
     compress(parse_recipe(recipe.encode()), str(dense), tmp_path / "out-dense", measure=False)
@@ -184,7 +184,9 @@ def test_a_run_gives_the_artifact_of_the_dense_model(source, tmp_path):
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "out-dense")]
     assert configs[0] == configs[1]
     [warning] = [row for row in report["warnings"] if row["code"] == "quantized-source"]
-    assert warning["message"].startswith(f"source has {said}; the baseline is the dequantized model")
+    quantized_as = open_source(directory).quantized
+    values = {"method": quantized_as.method, "bits": list(quantized_as.bits), "layouts": list(quantized_as.layouts)}
+    assert warning["data"] == {**values, "unread": len(quantized_as.unread)}
 
 
 def test_every_loader_of_the_source_gives_the_dequantized_model(tmp_path):
@@ -216,7 +218,8 @@ def test_an_evaluation_says_that_its_baseline_is_dequantized(tmp_path, monkeypat
         overrides=["eval.data.samples=2", "eval.data.length=16"],
     )
     [warning] = report["warnings"]
-    assert warning["code"] == "quantized-source" and warning["message"].startswith("source has 8 bits (fp8, ")
+    assert warning["code"] == "quantized-source"
+    assert (warning["data"]["method"], warning["data"]["bits"]) == ("fp8", [8])
 
 
 def test_blocks_may_be_cut_off_at_the_edges():

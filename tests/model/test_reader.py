@@ -18,7 +18,7 @@ from compressor.artifact import verify, writer
 from compressor.artifact.loader import load
 from compressor.engine.block_io import PartSource, fill_part
 from compressor.engine.plan import make_plan
-from compressor.errors import Interrupted, ModelError, UsageError
+from compressor.errors import Interrupted, ModelError, UsageError, values_of
 from compressor.model.checkpoint import open_checkpoint
 from compressor.model.empty_model import bound_model
 from compressor.model.model_class import config_and_class
@@ -169,8 +169,8 @@ def test_the_single_file_wins_over_an_index_and_the_plan_says_so(tmp_path):
     model = two_sets(tmp_path)
     assert differences(stock(model), read_whole(model)) == []
     warnings = make_plan(parse_recipe(RTN.encode()), str(model)).warnings
-    (told,) = [warning.message.split() for warning in warnings if warning.code == "second-weights"]
-    assert told[0] == "model.safetensors" and any(word.startswith("model-00001-of-") for word in told[1:])
+    (told,) = [warning.data for warning in warnings if warning.code == "second-weights"]
+    assert told["read"] == "model.safetensors" and told["others"][0].startswith("model-00001-of-")
 
 
 @pytest.mark.parametrize("other", ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin"])
@@ -178,7 +178,7 @@ def test_weights_of_another_name_are_told_of_and_not_read(other, tmp_path):
     tiny.save("llama", tmp_path)
     (tmp_path / other).write_bytes(b"not even a weight file")
     (told,) = open_checkpoint(tmp_path).unread
-    assert other in told
+    assert values_of(told) == {"read": "model.safetensors", "others": [other]}
 
 
 @pytest.mark.parametrize("name", ["other.safetensors", "other.safetensors.index.json"])
@@ -237,7 +237,8 @@ def test_of_a_tensor_in_two_shards_the_last_one_counts(tmp_path):
     tensors = load_file(last)
     save_file({**tensors, name: load_file(first)[name] + 1}, last, metadata={"format": "pt"})
     assert differences(stock(tmp_path), read_whole(tmp_path)) == []
-    assert name in open_checkpoint(tmp_path).unread[0]
+    (told,) = open_checkpoint(tmp_path).unread
+    assert values_of(told) == {"tensors": 1, "first": name, "read": last.name}
 
 
 def test_an_adapter_and_a_distributed_checkpoint_are_refused(tmp_path):
@@ -442,7 +443,8 @@ def test_tensors_that_no_longer_fit_are_left_out_and_no_longer_announced(tmp_pat
     report = run(tmp_path / "m", tmp_path / "out", text)
     assert "mtp.fc.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     (told,) = [w for w in report["warnings"] if w["code"] == "left-out-tensors"]
-    assert told["where"] == "mtp.fc.weight" and "fuse_norms" in told["message"]
+    assert told["where"] == "mtp.fc.weight"
+    assert told["data"] == {"pass": "fuse_norms", "tensors": 1, "bytes": 32 * 64 * 4}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 

@@ -44,7 +44,7 @@ class OneWeight:
         self.layers.append(layer)
         self.records.append(record)
 
-    def warn(self, code, where, message):
+    def warn(self, code, where, message, /, **data):
         self.warnings.append(code)
 
 

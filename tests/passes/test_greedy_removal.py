@@ -15,6 +15,7 @@ from compressor.methods.pruning.removal_trials import Losses, Trials
 from compressor.model.structure import read_structure
 from compressor.passes.greedy_removal import Candidate, GreedyRemoval, Search
 from tests.support import shaping, tiny
+from tests.support.raising import raises
 
 
 class Additive:
@@ -187,5 +188,5 @@ def test_a_model_without_finite_losses_is_refused(tmp_path):
         model.lm_head.weight[0] = math.nan
     whole = shaping.Whole(model, shaping.token_batches(4, 3, 6))
     whole.facts = facts_of(read_structure(path), 0)
-    with pytest.raises(PassError, match="not a finite number"):
+    with raises(PassError, where="greedy_removal", reason="not-finite"):
         GreedyRemoval().choose(whole)

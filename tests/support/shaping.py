@@ -71,7 +71,7 @@ class Whole:
     def progress(self, what, share=None):
         pass
 
-    def warn(self, code, where, message):
+    def warn(self, code, where, message, /, **data):
         self.warnings.append(code)
 
 

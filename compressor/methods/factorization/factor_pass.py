@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from compressor.errors import values_of
 from compressor.methods.factorization.low_rank import moments_bytes
 from compressor.protocol import BlockView, DataSize, Traits, Weight, WeightPass
 
@@ -29,5 +30,5 @@ class FactorPass(WeightPass):
         return moments_bytes(weights[0].in_features) if self.metric == "output" else 0
 
     def leave_dense(self, view: BlockView, weight: Weight, why: str, record: Mapping[str, Any]) -> None:
-        view.warn("stays-dense", weight.name, why)
+        view.warn("stays-dense", weight.name, why, **values_of(why))
         view.keep(weight, fallback="dense", reason=why, **record)

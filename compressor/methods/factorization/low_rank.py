@@ -99,7 +99,8 @@ def stage_metrics(view: BlockView, stage: Stage, damping: float, of_outputs: boo
     for group, gram in zip(stage, view.fold(stage, start, Gram.add), strict=True):
         if gram.tokens < group.in_features:
             message = f"{gram.tokens} calibration tokens for {group.in_features} inputs"
-            view.warn("few-tokens", group.name, message if gram.tokens else f"{message}; weights count alike")
+            shown = message if gram.tokens else f"{message}; weights count alike"
+            view.warn("few-tokens", group.name, shown, tokens=gram.tokens, inputs=group.in_features)
         yield metric_of(gram.hessian(), group.in_features, damping, group.name), gram.tokens
 
 
