@@ -161,7 +161,12 @@ def _carry_out(job: Job, stop: Stop) -> Report:
             data={"problems": list(checked.problems)},
         )
     if problems := check_files(job.built, read_manifest(job.built)):
-        raise ArtifactError("; ".join(problems), where=where, data={"problems": list(problems)})
+        raise ArtifactError(
+            "; ".join(problems),
+            where=where,
+            hint="Check the disk, then run the command again with --fresh.",
+            data={"problems": list(problems)},
+        )
     return report
 
 

@@ -278,7 +278,12 @@ def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dic
         if isinstance(output, tuple):
             output, take = output[0], 0
         if not isinstance(output, Tensor):
-            raise ModelError(f"returns a {type(output).__name__}", where=f"{where}.{call.name}", hint=HINT)
+            raise ModelError(
+                f"returns a {type(output).__name__}",
+                where=f"{where}.{call.name}",
+                hint=HINT,
+                data={"type": type(output).__name__},
+            )
         place = f"{where}.{call.name}"
         args = [_reference(name, value, x, record, place) for name, value in call.positional()]
         hands_on = PROBE in call.kwargs
@@ -291,7 +296,10 @@ def _steps(call: ModuleCall, x: Tensor, record: _Record, where: str) -> list[dic
         if len(following) > 1:
             names = " and ".join(other.name for other in following)
             raise ModelError(
-                f"its output is read by {names}, so the branch is not one chain of modules", where=place, hint=HINT
+                f"its output is read by {names}, so the branch is not one chain of modules",
+                where=place,
+                hint=HINT,
+                data={"reason": "two-readers", "names": str(names)},
             )
         call, x = following[0], output
 

@@ -22,6 +22,7 @@ from compressor.model.probe_model import PROBE_SEED
 from compressor.model.recorded_modules import recorded_outputs
 from compressor.model.tracing import Product
 
+HINT = "Leave vtrans and greedy_removal out for this model; gptq, rtn and llm_int8 don't need this."
 ROUNDS = 4  # inputs tried until every row of a matrix has shown its unit: half the units of a ReLU are 0 for a token
 
 
@@ -64,6 +65,7 @@ class Finder:
             raise ModelError(
                 f"attention is found by transformers' AttentionInterface, and this block {what}",
                 where=self.where,
+                hint=HINT,
                 data={"reason": "no-attention-interface", "calls": len(self.attention.calls)},
             )
         (seen,) = self.attention.calls
@@ -105,16 +107,18 @@ class Finder:
                     raise ModelError(
                         "what its heads give is mixed before a matrix reads it",
                         where=f"{where}.{_owner(call.parameter)}",
+                        hint=HINT,
                         data={"reason": "heads-mixed"},
                     )
                 return call.parameter, units
-        raise ModelError("no matrix reads what its heads give", where=where, data={"reason": "no-reader"})
+        raise ModelError("no matrix reads what its heads give", where=where, hint=HINT, data={"reason": "no-reader"})
 
     def ffn(self) -> PrunableModule:
         if fused := [name for name, product in self.products.items() if product.fused_experts]:
             raise ModelError(
                 "its experts are parts of one tensor, of which each sees other tokens",
                 where=f"{self.where}.{_owner(fused[0])}",
+                hint=HINT,
                 data={"reason": "experts-in-one-tensor"},
             )
         projections = [
@@ -124,6 +128,7 @@ class Finder:
             raise ModelError(
                 "no matrix reads what another of its matrices makes column by column",
                 where=self.where,
+                hint=HINT,
                 data={"reason": "no-reader"},
             )
         prunables = []
@@ -137,6 +142,7 @@ class Finder:
             raise ModelError(
                 f"{names} both read units, and only one of them can be pruned",
                 where=self.where,
+                hint=HINT,
                 data={"reason": "two-readers", "readers": [prunable.output_projection for prunable in prunables]},
             )
         return prunables[0]
@@ -238,6 +244,7 @@ class Finder:
             raise ModelError(
                 "no matrix computes its units one by one",
                 where=f"{self.where}.{_owner(projection)}",
+                hint=HINT,
                 data={"reason": "no-maker"},
             )
         return tuple(slices), shared

@@ -37,7 +37,7 @@ from compressor.analysis.float64_probe import float64_probe_model
 from compressor.analysis.lifted_units import lifted_prunable
 from compressor.analysis.lifting import found_on_narrow
 from compressor.analysis.perturbation import InDouble
-from compressor.analysis.prunable_block import Finder
+from compressor.analysis.prunable_block import HINT, Finder
 from compressor.analysis.pruning_proof import Refused, prove_prunables
 from compressor.errors import Because, ModelError, values_of
 from compressor.layers.structural.removed import Removed
@@ -51,8 +51,6 @@ from compressor.model.redefined_structure import REFUSALS
 from compressor.model.reshaped_class import MODULES, SHAPES, reshaping, stock_class
 from compressor.model.structure import Structure
 from compressor.model.tracing import Product
-
-HINT = "Leave vtrans and greedy_removal out for this model; gptq, rtn and llm_int8 don't need this."
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,10 @@ def _attributes_of_heads(cls: type[PreTrainedModel], config: PretrainedConfig, p
         models = [make_probe_model(cls, config, torch.device("meta"), torch.float32) for config in (plain, wide)]
     except (*REFUSALS, AttributeError) as error:
         raise ModelError(
-            f"a model of twice the width and heads can't be built ({error})", where=cls.__name__, hint=HINT
+            f"a model of twice the width and heads can't be built ({error})",
+            where=cls.__name__,
+            hint=HINT,
+            data={"cause": str(error)},
         ) from error
     heads = (getattr(plain.get_text_config(), key, None) for key in ("num_key_value_heads", "num_attention_heads"))
     groups = next((count for count in heads if count), None)

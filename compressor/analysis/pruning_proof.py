@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.analysis.perturbation import TOLERANCE, InDouble, size
+from compressor.analysis.prunable_block import HINT
 from compressor.errors import Because, CompressError, ModelError
 from compressor.layers.structural.placing import reshape
 from compressor.layers.structural.removed import Removed
@@ -132,7 +133,12 @@ def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedM
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name in sorted(shapes.keys() | values.keys()):
         if name not in shapes or name not in values or shapes[name] != values[name].shape:
-            raise ModelError(f"{name} is of another shape then", where=type(model).__name__)
+            raise ModelError(
+                f"{name} is of another shape then",
+                where=type(model).__name__,
+                hint=HINT,
+                data={"reason": "other-shape", "parameter": name},
+            )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(values[name], requires_grad=False))
     return model

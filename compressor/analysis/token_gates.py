@@ -81,7 +81,10 @@ def _find(structure: Structure, probe: PreTrainedModel, path: str, kinds: Sequen
         following = pieces.block(index, hidden, call)
         if following.shape != hidden.shape:
             raise ModelError(
-                f"it returns {following.shape[1]} tokens for {hidden.shape[1]}", where=f"{path}.{index}", hint=HINT
+                f"it returns {following.shape[1]} tokens for {hidden.shape[1]}",
+                where=f"{path}.{index}",
+                hint=HINT,
+                data={"returned": following.shape[1], "tokens": hidden.shape[1]},
             )
         hidden = following
     everywhere = [found[kind] for kind in structure.kinds]
@@ -118,7 +121,7 @@ def _patches(probe: PreTrainedModel, tokens: int) -> tuple[int, int]:
     for key in ("image_size", "patch_size"):
         value = getattr(probe.config, key, None)
         if value is None:
-            raise ModelError(f"its config.json has no {key}", where=type(probe).__name__, hint=HINT)
+            raise ModelError(f"its config.json has no {key}", where=type(probe).__name__, hint=HINT, data={"key": key})
         sizes.append((value, value) if isinstance(value, int) else tuple(value))
     rows, columns = (side // patch for side, patch in zip(*sizes))
     if not 0 <= tokens - rows * columns <= 8:  # a class token, a distillation token and a few registers
@@ -242,6 +245,7 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
             else f"it has {len(used)} attentions, and a gate can follow only one",
             where=where,
             hint=HINT,
+            data={"reason": "attentions", "count": len(used)},
         )
     query, key, _ = notes[used[0]][0]
     if query.dim() != 4 or query.shape[2] != hidden.shape[1] or key.shape[2] != hidden.shape[1]:
@@ -249,6 +253,7 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
             f"its attention gets queries {tuple(query.shape)} and keys {tuple(key.shape)} for {hidden.shape[1]} tokens",
             where=where,
             hint=HINT,
+            data={"queries": list(query.shape), "keys": list(key.shape), "tokens": hidden.shape[1]},
         )
     for given in others:
         if strange := [name for name in UNKNOWN if given.get(name) is not None]:
@@ -256,6 +261,7 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
                 f"its attention gets the argument {strange[0]}, which a token gate can't compute",
                 where=where,
                 hint=HINT,
+                data={"argument": strange[0]},
             )
     return used[0], query
 

@@ -82,5 +82,10 @@ def auto_classes(model: PreTrainedModel) -> list[str]:
         if classes is not None and stock_class(model) in (classes if isinstance(classes, tuple) else (classes,)):
             found.append(name)
     if not found:
-        raise PreflightError("no Auto class loads this architecture", where=type(model).__name__)
+        raise PreflightError(
+            "no Auto class loads this architecture",
+            where=type(model).__name__,
+            hint="Leave out steps whose weights need a modeling file; gptq and rtn are loaded without one.",
+            data={"reason": "no-auto-class"},
+        )
     return sorted(found)

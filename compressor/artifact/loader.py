@@ -170,7 +170,12 @@ def _filled_model(checkpoint: Checkpoint, manifest: Manifest) -> transformers.Pr
         unfilled.place(module)
     tensors = (*model.named_parameters(), *model.named_buffers())
     if (left := next((name for name, value in tensors if value.is_meta), None)) is not None:
-        raise ArtifactError(f"the manifest has no value for {left}", where=MANIFEST, hint=BAD_HINT)
+        raise ArtifactError(
+            f"the manifest has no value for {left}",
+            where=MANIFEST,
+            hint=BAD_HINT,
+            data={"reason": "no-value", "missing": left},
+        )
     return model
 
 
@@ -221,6 +226,11 @@ def _check_places(formats: dict[str, StoredWeight], bindings: Bindings) -> None:
                 f"but transformers loads it into {_part(filled, expert, rows)}",
                 where=name,
                 hint=BAD_HINT,
+                data={
+                    "reason": "other-parameter",
+                    "manifest": _part(weight.parameter, weight.expert, weight.rows),
+                    "transformers": _part(filled, expert, rows),
+                },
             )
 
 
@@ -245,6 +255,7 @@ def _check_slices(formats: dict[str, StoredWeight], model: transformers.PreTrain
                 f"the {len(weights)} weights of it in the manifest are not each row of each expert once",
                 where=tensor,
                 hint=BAD_HINT,
+                data={"reason": "not-each-once", "weights": len(weights)},
             )
 
 
@@ -301,6 +312,7 @@ def naming(where: str, *, holds_values: bool = True) -> Iterator[None]:
             f"a model can't be built from it ({type(error).__name__}: {str(error)[:300]})",
             where=where,
             hint="Copy the artifact again from where it was written, or build it again.",
+            data={"reason": "not-built", "error": type(error).__name__, "cause": str(error)[:300]},
         ) from error
 
 
@@ -312,6 +324,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
             f"dtype {name!r} is not a dtype of torch",
             where="config.json",
             hint="Copy the artifact again from where it was written, or build it again.",
+            data={"reason": "no-dtype", "dtype": str(name)},
         )
     return dtype
 
@@ -350,13 +363,23 @@ def dense_view(
     for stored_weight in formats.values():
         stored = _stored_names(checkpoint, stored_weight)
         if not stored:
-            raise ArtifactError("all tensors of this stored weight are missing", where=stored_weight.weight.name)
+            raise ArtifactError(
+                "all tensors of this stored weight are missing",
+                where=stored_weight.weight.name,
+                hint=BAD_HINT,
+                data={"reason": "no-tensors"},
+            )
         if (
             stored_weight.weight.bias is not None
             and stored_weight.bias is None
             and stored_weight.weight.bias not in checkpoint.tensors
         ):
-            raise ArtifactError(f"its bias {stored_weight.weight.bias!r} is missing", where=stored_weight.weight.name)
+            raise ArtifactError(
+                f"its bias {stored_weight.weight.bias!r} is missing",
+                where=stored_weight.weight.name,
+                hint=BAD_HINT,
+                data={"reason": "no-bias", "bias": stored_weight.weight.bias},
+            )
         shape: tuple[int, ...] = (
             stored_weight.weight.shape[::-1] if stored_weight.weight.transposed else stored_weight.weight.shape
         )
@@ -366,6 +389,7 @@ def dense_view(
                     f"the manifest puts it into {stored_weight.weight.parameter!r}, which the model doesn't have",
                     where=stored_weight.weight.name,
                     hint=BAD_HINT,
+                    data={"reason": "no-parameter", "parameter": stored_weight.weight.parameter},
                 )
             shape = tuple(parameters[stored_weight.weight.parameter].shape)
         dense = replace(tensors[stored[0]], shape=shape, dtype=dtype)

@@ -198,14 +198,22 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(
             f"has no {MANIFEST}, so it is not a finished artifact",
             where=str(directory),
+            hint="Name the directory that compress-model run wrote; resume a run that was stopped with --resume.",
             data={"reason": "no-manifest", "file": MANIFEST},
         )
     if regular_file(directory, path).stat().st_size > MAX_BYTES:
-        raise ArtifactError(f"is larger than {MAX_BYTES:,} bytes", where=MANIFEST, hint=BAD_HINT)
+        raise ArtifactError(
+            f"is larger than {MAX_BYTES:,} bytes",
+            where=MANIFEST,
+            hint=BAD_HINT,
+            data={"reason": "too-large", "limit": MAX_BYTES},
+        )
     try:
         manifest = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"is damaged ({error})", where=MANIFEST, hint=BAD_HINT) from error
+        raise ArtifactError(
+            f"is damaged ({error})", where=MANIFEST, hint=BAD_HINT, data={"reason": "damaged", "cause": str(error)}
+        ) from error
     if not isinstance(manifest, dict):
         raise ArtifactError("is not a JSON object", where=MANIFEST, hint=BAD_HINT)
     if (version := manifest.get("format_version")) != FORMAT_VERSION:
@@ -213,6 +221,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"the artifact has format version {version!r}, and this release reads {FORMAT_VERSION}",
             where=directory.name,
             hint="Install the release of compress-model that wrote it (`tool` in the manifest), or build it again.",
+            data={"reason": "version", "version": version, "known": FORMAT_VERSION},
         )
     try:
         _Manifest.model_validate(manifest)
@@ -221,7 +230,12 @@ def read_manifest(directory: Path) -> Manifest:
         place = ".".join(str(part) for part in first["loc"]) or "the manifest"
         value = repr(first["input"])
         shown = f", found {value[:80]}" if not isinstance(first["input"], dict) else ""
-        raise ArtifactError(f"{place}: {first['msg']}{shown}", where=MANIFEST, hint=BAD_HINT) from error
+        raise ArtifactError(
+            f"{place}: {first['msg']}{shown}",
+            where=MANIFEST,
+            hint=BAD_HINT,
+            data={"reason": "invalid", "key": place, "problem": first["msg"]},
+        ) from error
     model_class(manifest["architecture"], MANIFEST)
     return cast("Manifest", manifest)
 
@@ -234,5 +248,6 @@ def model_class(name: str, where: str) -> type[transformers.PreTrainedModel]:
             f"architecture {name!r} is not a model class of transformers {transformers.__version__}",
             where=where,
             hint="Run pip install -U transformers, or build the artifact again with this transformers.",
+            data={"reason": "no-class", "architecture": name, "transformers": transformers.__version__},
         )
     return cls

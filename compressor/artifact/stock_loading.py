@@ -76,7 +76,9 @@ def stock_works(
         raise
     except ImportError as error:
         hint = "Install the package that the message names with pip."
-        raise DependencyError(f"{who} can't load it ({error})", where=directory.name, hint=hint) from error
+        raise DependencyError(
+            f"{who} can't load it ({error})", where=directory.name, hint=hint, data={"loader": who, "cause": str(error)}
+        ) from error
     except Exception as error:
         if (lack := ran_out(error)) is not None:
             raise lack from error

@@ -129,7 +129,10 @@ class StockDecompressor:
         tensors = stored_tensors(self.checkpoint, stored)
         if lacking := sorted(set(compressor.compression_param_names(scheme)) - tensors.keys()):
             raise ArtifactError(
-                f"compressed-tensors needs {', '.join(lacking)}, which it doesn't have", where=stored.weight.name
+                f"compressed-tensors needs {', '.join(lacking)}, which it doesn't have",
+                where=stored.weight.name,
+                hint="Copy the artifact again from where it was written, or build it again.",
+                data={"reason": "lacks-tensors", "tensors": lacking},
             )
         with naming(stored.weight.name):
             return compressor.decompress(tensors, scheme)["weight"].to(self.dtype)

@@ -90,7 +90,16 @@ def _tell(error: BaseException, stop: Stop, as_json: bool) -> int:
         traceback.print_exception(error, file=sys.stderr)
     with contextlib.suppress(OSError):
         if as_json:
-            json_line({**CompressError(f"{type(error).__name__}: {error}").event(), "name": "bug"})
+            json_line(
+                {
+                    **CompressError(
+                        f"{type(error).__name__}: {error}",
+                        hint="Report it with the traceback on standard error.",
+                        data={"reason": type(error).__name__},
+                    ).event(),
+                    "name": "bug",
+                }
+            )
     with contextlib.suppress(OSError):
         err.print("error[bug]: this should not happen; please report it with the traceback above", markup=False)
     return 1
@@ -117,6 +126,7 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
         return UsageError(
             f"a name of {len(name):,} signs is too long for a file",
             where=f"{name[:60]}...",
+            hint="Use a shorter name.",
             data={"reason": "name-too-long", "length": len(name)},
         )
     if isinstance(error, RecursionError):
@@ -140,7 +150,11 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
 
 
 def _stopped(stop: Stop) -> Interrupted:
-    return Interrupted("stopped", where="run", hint=stop.hint) if stop.work is not None else Interrupted("stopped")
+    return (
+        Interrupted("stopped", where="run", hint=stop.hint)
+        if stop.work is not None
+        else Interrupted("stopped", hint="Run the same command again.")
+    )
 
 
 def _quiet_libraries() -> None:

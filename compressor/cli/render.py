@@ -277,6 +277,7 @@ def write_text(path: Path, text: str) -> None:
             f"can't be written ({error.strerror})",
             where=str(path),
             hint="Choose a file in a directory that you may write to.",
+            data={"reason": "not-written", "cause": error.strerror},
         ) from error
 
 

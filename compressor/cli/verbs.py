@@ -211,7 +211,12 @@ def plan(
     if found.problems:
         raise found.problems[0]
     if strict and found.warnings:
-        raise UsageError(f"{len(found.warnings)} warnings and --strict", where="plan")
+        raise UsageError(
+            f"{len(found.warnings)} warnings and --strict",
+            where="plan",
+            hint="Change the recipe as the warnings above say, or leave --strict out.",
+            data={"reason": "warnings", "warnings": len(found.warnings)},
+        )
 
 
 @app.command(name="eval")
@@ -264,8 +269,15 @@ def eval_(
         if not quiet:
             show_evaluation(found)
     if failed := failed_gates(found["gates"]):
-        hint = f"Read the report in {output}." if output else None
-        raise GateError(f"{failed} did not hold", where=found["model"]["source"], hint=hint)
+        hint = (
+            f"{f'Read the report in {output}. ' if output else ''}Change the model's recipe or the bounds of the gates."
+        )
+        raise GateError(
+            f"{failed} did not hold",
+            where=found["model"]["source"],
+            hint=hint,
+            data={"gates": [gate["name"] for gate in found["gates"] if gate["passed"] is False]},
+        )
 
 
 @app.command()
@@ -295,7 +307,12 @@ def compare(
     from compressor.recipe.gates import failed_gates, read_gates
 
     if len(paths) < 2:
-        raise UsageError("two or more are needed", where="compare")
+        raise UsageError(
+            "two or more are needed",
+            where="compare",
+            hint="Pass two or more artifacts, reports or checkpoints.",
+            data={"reason": "too-few", "paths": len(paths)},
+        )
     found = side_by_side(paths, read_gates(fail_on or [], "--fail-on"))
     suffixes = {".json": PageFormat.json, ".md": PageFormat.markdown, ".html": PageFormat.html}
     chosen = format_ or suffixes.get(output.suffix if output else "", PageFormat.table)
@@ -306,7 +323,12 @@ def compare(
     else:
         write_text(output, text)
     if failed := failed_gates(found["gates"]):
-        raise GateError(f"{failed} did not hold", where=f"{found['subjects'][-1]} against {found['subjects'][0]}")
+        raise GateError(
+            f"{failed} did not hold",
+            where=f"{found['subjects'][-1]} against {found['subjects'][0]}",
+            hint="Compare the values in the table, then change the recipe or the bounds of --fail-on.",
+            data={"gates": [gate["name"] for gate in found["gates"] if gate["passed"] is False]},
+        )
 
 
 @app.command()
@@ -347,7 +369,12 @@ def verify(
     if as_json:
         json_line({"event": "result", **found.to_json()})
     if found.problems:
-        raise ArtifactError("; ".join(found.problems), where=str(directory))
+        raise ArtifactError(
+            "; ".join(found.problems),
+            where=str(directory),
+            hint="Copy the artifact again from where it was written, or build it again.",
+            data={"problems": list(found.problems)},
+        )
     if not as_json:
         show_verification(found, directory, has_source=original is not None)
 

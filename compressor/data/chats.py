@@ -46,7 +46,12 @@ def texts_of(rows: Rows, render: Render | None, *, is_chat: bool) -> tuple[list[
         try:
             text = render(messages, tools)
         except ImportError as error:
-            raise DependencyError(f"a chat needs a package that is missing ({error})", where=rows.name) from error
+            raise DependencyError(
+                f"a chat needs a package that is missing ({error})",
+                where=rows.name,
+                hint=f"Run pip install -U {error.name or 'jinja2'}.",
+                data={"reason": "no-package", "package": error.name, "cause": str(error)},
+            ) from error
         except Exception as error:  # any exception of the model's own template for these messages
             raise RecipeError(
                 f"the model's chat template refuses it ({type(error).__name__}: {str(error)[:160]})",

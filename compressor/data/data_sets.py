@@ -34,7 +34,9 @@ def read_dataset(settings: Columns) -> Rows:
         parsed = columns_of_arrow(chosen, field, wanted)
     values, tools = parsed.values, parsed.beside.get(TOOLS)
     if not values:
-        raise RecipeError("contains no rows", where=settings.source, data={"reason": "no-rows"})
+        raise RecipeError(
+            "contains no rows", where=settings.source, hint="Name a split that has rows.", data={"reason": "no-rows"}
+        )
     is_text = all(isinstance(value, str) for value in values)
     hashed = values if tools is None else [values, tools]
     content = "\0".join(values) if is_text and tools is None else json.dumps(hashed, sort_keys=True, default=repr)
@@ -97,12 +99,14 @@ def _check_folder(folder: Path, source: str) -> None:
                 f"contains {os.path.basename(error.filename or here)!r}, which can't be accessed ({error.strerror})",
                 where=source,
                 hint="Give yourself read permission for it (chmod), or move it out of the folder.",
+                data={"reason": "not-read", "cause": error.strerror},
             ) from error
         if count > MOST_FILES:
             raise RecipeError(
                 f"contains more than {MOST_FILES} files",
                 where=source,
                 hint="Copy the files that are needed to a folder of their own and name that one.",
+                data={"reason": "too-many-files", "limit": MOST_FILES},
             )
 
 

@@ -154,6 +154,7 @@ def reading(name: str) -> Iterator[None]:
             f"needs a package that is not installed ({error})",
             where=name,
             hint="Install the package that the message names with pip.",
+            data={"reason": "no-package", "package": error.name},
         ) from error
     except Exception as error:  # readers of many formats, each with its own exceptions, such as EOFError
         message = " ".join(str(error).split())[:200]
@@ -170,7 +171,12 @@ def load_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise DependencyError(f"needs the package {package}", where="data", hint="Run pip install datasets.") from error
+        raise DependencyError(
+            f"needs the package {package}",
+            where="data",
+            hint="Run pip install datasets.",
+            data={"reason": "no-package", "package": package},
+        ) from error
 
 
 def decompressed(path: Path, ending: str, content: bytes, most: int | None) -> bytes:

@@ -48,7 +48,7 @@ def parse(kind: str, content: bytes, wanted: Wanted, name: str, is_truncated: bo
             return _from_arrow(*open_arrow(kind, file, wanted, name), wanted, name)
     text = _decode(content, name, is_truncated)
     if not text.strip() and not is_truncated:
-        raise RecipeError("is empty", where=name, data={"reason": "empty"})
+        raise RecipeError("is empty", where=name, hint="Name a file with text or rows.", data={"reason": "empty"})
     if kind in CSV:
         return _from_csv(text, CSV[kind], wanted, name, is_truncated)
     if kind in JSON_LINES:

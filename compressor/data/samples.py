@@ -294,7 +294,12 @@ def _check_kind(settings: Settings, *, reads_pixels: bool) -> None:
 
 def _stdlib(split: str) -> tuple[list[str], None, str]:
     if split not in STDLIB_SHA256:
-        raise RecipeError(f"split {split!r} is unknown", where="stdlib", hint="Set split to train or heldout.")
+        raise RecipeError(
+            f"split {split!r} is unknown",
+            where="stdlib",
+            hint="Set split to train or heldout.",
+            data={"reason": "no-split", "split": split},
+        )
     content = gzip.decompress((Path(__file__).parent.parent / "text" / f"{split}.txt.gz").read_bytes())
     digest = hashlib.sha256(content).hexdigest()
     if digest != STDLIB_SHA256[split]:
@@ -302,6 +307,7 @@ def _stdlib(split: str) -> tuple[list[str], None, str]:
             f"the built-in text has sha256 {digest}, {STDLIB_SHA256[split]} is expected",
             where=f"stdlib {split}",
             hint="Run pip install --force-reinstall compress-model.",
+            data={"reason": "sha256", "found": digest, "expected": STDLIB_SHA256[split]},
         )
     return content.decode().split(DOCUMENT_BREAK), None, digest
 

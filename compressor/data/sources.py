@@ -36,7 +36,12 @@ def read_rows(settings: Columns) -> Rows:
     parsed = parse(kind, plain, wanted_of(settings), path.name, False)
     if not parsed.values:
         reason = "no-rows" if kind else "empty"
-        raise RecipeError("contains no rows" if kind else "is empty", where=path.name, data={"reason": reason})
+        raise RecipeError(
+            "contains no rows" if kind else "is empty",
+            where=path.name,
+            hint="Name a file with text or rows.",
+            data={"reason": reason},
+        )
     return _rows(parsed, hashlib.sha256(content).hexdigest(), path.name, is_whole_text=not kind)
 
 

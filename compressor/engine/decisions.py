@@ -104,7 +104,9 @@ def _decided(
             made = decide(warnings)
         except torch.OutOfMemoryError as error:
             hint = "Set a smaller data.samples or data.length, then begin again with --fresh."
-            raise PassError(f"{step.name} ran out of memory", hint=hint) from error
+            raise PassError(
+                f"{step.name} ran out of memory", hint=hint, data={"reason": "memory", "pass": step.name}
+            ) from error
         free_all(sweeper.structure)
         text = json.dumps(None if made is None else dict(made), sort_keys=True)
         facts = DecisionFacts(json.loads(text), tuple(warnings)).to_json()

@@ -84,7 +84,15 @@ def _stored_weight(step: Step, settings: WeightPass, weight: Weight, stored: str
 def _problems_with(step: Step, settings: WeightPass, chosen: Sequence[Weight]) -> list[CompressError]:
     """Problems that the pass itself finds with the weights of a step."""
     found = settings.check(chosen)
-    return [PreflightError(text, where=dotted(step.path), data=values) for text, values in found]
+    return [
+        PreflightError(
+            text,
+            where=dotted(step.path),
+            hint=f"Change this setting of {step.name}, or select other weights with `only` and `except`.",
+            data=values,
+        )
+        for text, values in found
+    ]
 
 
 def _stored_already(step: Step, refused: list[str], earlier: Step) -> PreflightError:

@@ -262,7 +262,9 @@ def _write_part(work: Reshaper, step: Step, view: PartView, state: State) -> Sta
         after = step.settings.rewrite(view, dict(state))
     except torch.OutOfMemoryError as error:
         hint = "Set a smaller data.samples or data.length, then begin again with --fresh."
-        raise PassError(f"{step.name} ran out of memory", hint=hint) from error
+        raise PassError(
+            f"{step.name} ran out of memory", hint=hint, data={"reason": "memory", "pass": step.name}
+        ) from error
     is_kept = after.keys() == state.keys() and all(
         tensor is state[name] and tensor._version == versions[name] for name, tensor in after.items()
     )

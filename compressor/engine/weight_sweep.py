@@ -193,6 +193,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
                 f"{step.name} ran out of memory",
                 where=part_name(part.structure, part.number),
                 hint="Set a smaller data.samples or data.length, then begin again with --fresh.",
+                data={"reason": "memory", "pass": step.name},
             ) from error
         if left := view.left_out():
             raise PassError(

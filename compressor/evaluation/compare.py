@@ -97,7 +97,9 @@ def _read_report(file: Path) -> AnyReport:
         report = parse_json(file.read_text("utf-8"))
         kind = next((key for key in VERSIONS if key in report), None)
         if kind is None:
-            raise UsageError("is not a report of compress-model", where=str(file))
+            raise UsageError(
+                "is not a report of compress-model", where=str(file), hint=BAD_REPORT, data={"reason": "no-report"}
+            )
         if report[kind] != VERSIONS[kind]:
             raise UsageError(
                 f"{kind} {str(report[kind])[:40]} is unknown; this release reads version {VERSIONS[kind]}",
@@ -108,12 +110,18 @@ def _read_report(file: Path) -> AnyReport:
         validate_report(report)
         return report
     except jsonschema.ValidationError as error:
-        raise UsageError(f"{error.json_path}: {error.message[:160]}", where=str(file), hint=BAD_REPORT) from error
+        raise UsageError(
+            f"{error.json_path}: {error.message[:160]}",
+            where=str(file),
+            hint=BAD_REPORT,
+            data={"reason": "schema", "key": error.json_path, "problem": error.message[:160]},
+        ) from error
     except OSError as error:
         raise UsageError(
             f"can't be read ({error.strerror})",
             where=str(file),
             hint="Give yourself read permission for it (chmod +r).",
+            data={"reason": "not-read", "cause": error.strerror},
         ) from error
     except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(

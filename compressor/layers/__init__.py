@@ -47,6 +47,7 @@ def find_layer(format_name: str) -> type[Layer]:
         raise ArtifactError(
             f"quantization format {format_name!r} is defined {len(found) + len(plugins)} times",
             hint="Uninstall one of: " + ", ".join(point.value for point in plugins),
+            data={"format": format_name, "count": len(found) + len(plugins)},
         )
     if plugins:
         return plugins[0].load()

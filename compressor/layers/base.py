@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from compressor.errors import ShapeError
 
+DAMAGED_HINT = "Copy the artifact again from where it was written, or build it again."
+
 
 @dataclass(frozen=True)
 class Stock:
@@ -113,6 +115,7 @@ class Layer(nn.Module):
             if (expected.shape, expected.dtype) != (value.shape, value.dtype):
                 raise ShapeError(
                     f"{name} is {value.dtype} {tuple(value.shape)}, {expected.dtype} {tuple(expected.shape)} expected",
+                    hint=DAMAGED_HINT,
                     data={
                         "tensor": name,
                         "dtype": str(value.dtype),

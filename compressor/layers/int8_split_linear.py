@@ -35,7 +35,7 @@ from compressor.kernels.ops.int8_split import (
     round_rows,
     rounded_product,
 )
-from compressor.layers.base import Layer, Stock
+from compressor.layers.base import DAMAGED_HINT, Layer, Stock
 
 
 class Int8SplitLinear(Layer):
@@ -64,6 +64,7 @@ class Int8SplitLinear(Layer):
         if in_features > MOST_INPUTS:
             raise ShapeError(
                 f"{in_features} inputs; sums of int8 products stay exact up to {MOST_INPUTS}",
+                hint="Leave this weight out with `except`, or use gptq or rtn.",
                 data={"inputs": in_features, "limit": MOST_INPUTS},
             )
         self.in_features, self.out_features = in_features, out_features
@@ -153,12 +154,14 @@ class Int8SplitLinear(Layer):
         if set(tensors) != set(layer.tensors()):
             raise ShapeError(
                 f"tensors {sorted(tensors)}, {sorted(layer.tensors())} expected",
+                hint=DAMAGED_HINT,
                 data={"names": sorted(tensors), "expected": sorted(layer.tensors())},
             )
         layer.fill(tensors)
         if int(layer.weight_format):
             raise ShapeError(
                 f"weight_format {int(layer.weight_format)}, only 0 can be read (rows one after the other)",
+                hint="Quantize the original model again with llm_int8.",
                 data={"tensor": "weight_format", "value": int(layer.weight_format)},
             )
         if layer.columns:
@@ -166,6 +169,7 @@ class Int8SplitLinear(Layer):
             if not bool((columns[1:] > columns[:-1]).all()) or int(columns[0]) < 0 or int(columns[-1]) >= inputs:
                 raise ShapeError(
                     f"outlier_columns must ascend within {inputs} inputs",
+                    hint=DAMAGED_HINT,
                     data={"tensor": "outlier_columns", "inputs": inputs},
                 )
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)

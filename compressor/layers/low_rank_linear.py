@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import ShapeError
-from compressor.layers.base import Layer
+from compressor.layers.base import DAMAGED_HINT, Layer
 
 
 class LowRankLinear(Layer):
@@ -55,6 +55,7 @@ class LowRankLinear(Layer):
         if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
             raise ShapeError(
                 f"factors {tuple(left.shape)} and {tuple(right.shape)} have no product",
+                hint=DAMAGED_HINT,
                 data={"left": list(left.shape), "right": list(right.shape)},
             )
         if values != "int8":

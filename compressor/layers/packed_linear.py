@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ShapeError
 from compressor.kernels.ops.packed_codes import dequantize, pack_codes, unpack_codes
-from compressor.layers.base import Layer, Stock, integer_scheme
+from compressor.layers.base import DAMAGED_HINT, Layer, Stock, integer_scheme
 
 
 class PackedLinear(Layer):
@@ -115,6 +115,7 @@ class PackedLinear(Layer):
         if tuple(scale.shape) != (out, groups) or (groups > 1 and columns % group_size):
             raise ShapeError(
                 f"scale {tuple(scale.shape)} doesn't fit codes {(out, columns)} in groups of {group_size}",
+                hint=DAMAGED_HINT,
                 data={"tensor": "scale", "shape": list(scale.shape), "codes": [out, columns], "group_size": group_size},
             )
         layer = cls(columns, out, bits, group_size, symmetric, scale.dtype, bias is not None, index is not None)
@@ -154,6 +155,7 @@ class PackedLinear(Layer):
                 expected = getattr(layer, name).shape
                 raise ShapeError(
                     f"{name} has shape {tuple(value.shape)}, {tuple(expected)} expected",
+                    hint=DAMAGED_HINT,
                     data={"tensor": name, "shape": list(value.shape), "expected": list(expected)},
                 )
             setattr(layer, name, value)
@@ -169,6 +171,7 @@ def _checked_index(index: Tensor, columns: int, groups: int) -> Tensor:
     if tuple(index.shape) != (columns,) or int(index.min()) < 0 or int(index.max()) >= groups:
         raise ShapeError(
             f"weight_g_idx {tuple(index.shape)} must name one of {groups} groups for {columns} inputs",
+            hint=DAMAGED_HINT,
             data={"tensor": "weight_g_idx", "shape": list(index.shape), "groups": groups, "inputs": columns},
         )
     return index

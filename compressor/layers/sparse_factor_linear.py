@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ShapeError
 from compressor.kernels.ops.sparse_factors import pack_index, row_bits, sparse_product, unpack_index
-from compressor.layers.base import Layer
+from compressor.layers.base import DAMAGED_HINT, Layer
 
 
 class SparseFactorLinear(Layer):
@@ -56,6 +56,7 @@ class SparseFactorLinear(Layer):
         if in_features % block or not 1 <= k <= atoms:
             raise ShapeError(
                 f"blocks of {block} with {k} of {atoms} atoms for {in_features} inputs",
+                hint=DAMAGED_HINT,
                 data={"block": block, "k": k, "atoms": atoms, "inputs": in_features},
             )
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
@@ -92,7 +93,7 @@ class SparseFactorLinear(Layer):
         raises  ShapeError if the index doesn't ascend within m
         """
         if bool((index[..., 1:] <= index[..., :-1]).any()):
-            raise ShapeError("the indices of a row must ascend", data={"reason": "descends"})
+            raise ShapeError("the indices of a row must ascend", hint=DAMAGED_HINT, data={"reason": "descends"})
         count, block, k = atoms.shape[1], atoms.shape[2], values.shape[2]
         stored = getattr(torch, kind)
         tensors = {"weight_index": pack_index(index.reshape(-1, k), count)}
@@ -117,11 +118,13 @@ class SparseFactorLinear(Layer):
         if index.shape != (rows, self.k):
             raise ShapeError(
                 f"weight_index doesn't name {self.k} atoms for each of {rows} rows",
+                hint=DAMAGED_HINT,
                 data={"tensor": "weight_index", "k": self.k, "rows": rows},
             )
         if bool((index[..., 1:] <= index[..., :-1]).any()) or int(index.max()) >= self.atoms:
             raise ShapeError(
                 f"weight_index must ascend within {self.atoms} atoms in each row",
+                hint=DAMAGED_HINT,
                 data={"tensor": "weight_index", "atoms": self.atoms},
             )
 

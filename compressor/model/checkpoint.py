@@ -126,6 +126,7 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
         raise ModelError(
             f"{kind} is there, a checkpoint directory is needed",
             where=str(directory),
+            hint="Name the directory that holds config.json and the weights, or download the model: hf download NAME.",
             data={"reason": "no-directory", "found": kind},
         )
     check_directory(directory)

@@ -39,6 +39,7 @@ def load_dtype(asked: str, config: PretrainedConfig, checkpoint: Checkpoint) -> 
             f"dtype is {str(stated).removeprefix('torch.')}, in which no model can compute",
             where="config.json",
             hint='Set "dtype" to "float32", "bfloat16" or "float16".',
+            data={"dtype": str(stated).removeprefix("torch.")},
         )
     return dtype
 

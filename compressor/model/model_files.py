@@ -91,7 +91,12 @@ def entries(directory: Path) -> Iterator[Path]:
         try:
             found = sorted(folder.iterdir())
         except OSError as error:
-            raise ModelError(f"can't be read ({error.strerror})", where=_name(directory, folder)) from error
+            raise ModelError(
+                f"can't be read ({error.strerror})",
+                where=_name(directory, folder),
+                hint="Give yourself permission to list it (chmod u+rx), or move it out of the model.",
+                data={"reason": "not-read", "cause": error.strerror},
+            ) from error
         for path in found:
             if path.name.startswith("."):
                 continue

@@ -142,6 +142,7 @@ def example_batch(model: PreTrainedModel, device: torch.device, samples: int = 2
         f"its main input is {model.main_input_name!r}, not token ids or pixels",
         where=type(model).__name__,
         hint="Choose a model that reads token ids (input_ids) or pixels (pixel_values).",
+        data={"input": model.main_input_name},
     )
 
 

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.errors import ModelError
 from compressor.layers import find_layer
-from compressor.layers.structural.placing import reshape
+from compressor.layers.structural.placing import RESHAPED_HINT, reshape
 from compressor.model.class_changes import MODULES, SHAPES
 
 
@@ -32,11 +32,21 @@ def reshaping(config: PretrainedConfig | Mapping[str, Any]) -> tuple[dict[str, A
     values = config if isinstance(config, Mapping) else vars(config)
     shapes, modules = (values.get(key) or {} for key in (SHAPES, MODULES))
     if not isinstance(shapes, dict) or not all(s is None or isinstance(s, list) for s in shapes.values()):
-        raise ModelError("is not a map from parameters to shapes", where=f"config.json: {SHAPES}")
+        raise ModelError(
+            "is not a map from parameters to shapes",
+            where=f"config.json: {SHAPES}",
+            hint=RESHAPED_HINT,
+            data={"reason": "no-map"},
+        )
     if not isinstance(modules, dict) or not all(
         isinstance(entry, dict) and entry.keys() >= {"form", "spec", "shape"} for entry in modules.values()
     ):
-        raise ModelError("is not a map from modules to form, spec and shape", where=f"config.json: {MODULES}")
+        raise ModelError(
+            "is not a map from modules to form, spec and shape",
+            where=f"config.json: {MODULES}",
+            hint=RESHAPED_HINT,
+            data={"reason": "no-map"},
+        )
     return shapes, modules
 
 

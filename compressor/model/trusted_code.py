@@ -181,13 +181,19 @@ def read_settings(directory: Path, name: str) -> dict[str, Any]:
         return {}
     if regular_file(directory, path).stat().st_size > MAX_JSON_BYTES:
         raise ModelError(
-            f"is larger than {MAX_JSON_BYTES:,} bytes", where=name, hint="Download this file again: hf download NAME."
+            f"is larger than {MAX_JSON_BYTES:,} bytes",
+            where=name,
+            hint="Download this file again: hf download NAME.",
+            data={"reason": "too-large", "limit": MAX_JSON_BYTES},
         )
     try:
         value = parse_json(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(
-            f"is not valid JSON ({error})", where=name, hint="Download this file again: hf download NAME."
+            f"is not valid JSON ({error})",
+            where=name,
+            hint="Download this file again: hf download NAME.",
+            data={"reason": "no-json", "cause": str(error)},
         ) from error
     if not isinstance(value, dict):
         raise ModelError("is not a JSON object", where=name, hint="Download this file again: hf download NAME.")

@@ -286,6 +286,8 @@ def _convert(rule: Rule, tensors: Iterable[tuple[Source, Tensor]], model: PreTra
         raise ModelError(
             f"transformers could not join {len(rule.converter.source_patterns)} kinds of tensors ({error})",
             where=rule.first,
+            hint="Download config.json and the weights again from one revision: hf download NAME.",
+            data={"reason": "not-joined", "kinds": len(rule.converter.source_patterns), "cause": str(error)},
         ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -297,6 +299,7 @@ def _plain_source(target: str, parts: list[Source], shape: torch.Size, checkpoin
             f"{len(parts)} tensors have values for it ({names})",
             where=target,
             hint="Remove all but one from the checkpoint.",
+            data={"reason": "two-values", "tensors": [part.tensor for part in parts]},
         )
     _check_shape(parts[0].tensor, checkpoint.tensors[parts[0].tensor].shape, shape)
     return parts[0]
@@ -324,6 +327,7 @@ def _realized(
                 f"transformers loads it as {name}, which {type(model).__name__} doesn't have",
                 where=parts[0].tensor,
                 hint="Download config.json and the weights again from one revision: hf download NAME.",
+                data={"reason": "no-parameter", "parameter": name},
             )
         _check_shape(name, value.shape, state[name].shape)
     return list(made)

@@ -40,6 +40,7 @@ def find_pass(name: str) -> type[Pass]:
         raise RecipeError(
             f"pass {name!r} is defined {len(plugins) + (name in BUILTIN)} times",
             hint="Uninstall one of: " + ", ".join(point.value for point in plugins),
+            data={"pass": name, "count": len(plugins) + (name in BUILTIN)},
         )
     if plugins:
         return _load(plugins[0])
@@ -56,8 +57,14 @@ def _load(point: EntryPoint) -> type[Pass]:
         found = point.load()
     except Exception as error:  # any failure of another package's module
         raise RecipeError(
-            f"pass {point.name!r} of {point.value} can't be imported ({error})", hint="Reinstall that package."
+            f"pass {point.name!r} of {point.value} can't be imported ({error})",
+            hint="Reinstall that package.",
+            data={"reason": "not-imported", "pass": point.name, "entry": point.value, "cause": str(error)},
         ) from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise RecipeError(f"{point.value} is not a Pass", hint="Reinstall that package.")
+        raise RecipeError(
+            f"{point.value} is not a Pass",
+            hint="Reinstall that package.",
+            data={"reason": "no-pass", "entry": point.value},
+        )
     return found

@@ -258,6 +258,7 @@ class DSFormer(FactorPass):
                 f"{inputs} inputs have no divisor from {NARROWEST_BLOCK} to {WIDEST_BLOCK}",
                 where=weight.name,
                 hint=f"Set block_size to {wider}, or leave this weight out with `except`.",
+                data={"reason": "no-block", "inputs": inputs, "narrowest": NARROWEST_BLOCK, "widest": WIDEST_BLOCK},
             )
         if inputs % self.block_size:
             wanted = self.block_size

@@ -91,6 +91,7 @@ class PrefillPruning(TokenPass):
                     f"{path} is a {modules[path]['form']} already and can't also get a gate",
                     where="prefill_pruning",
                     hint="Remove one of the two steps from the recipe.",
+                    data={"reason": "already-replaced", "block": path, "form": modules[path]["form"]},
                 )
             format_params = {
                 "number": number,

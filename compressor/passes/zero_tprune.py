@@ -214,6 +214,7 @@ class ZeroTPrune(TokenPass):
                     f"block {block} is a {modules[path]['form']} already, but a gate needs an unchanged block",
                     where="zero_tprune",
                     hint="Start from the checkpoint without this change, or name other `blocks`.",
+                    data={"reason": "already-replaced", "block": block, "form": modules[path]["form"]},
                 )
             modules[path] = {"form": "token_gate", "spec": gate, "shape": []}
         tokens = self.account(facts, rates, facts.tokens or NOMINAL_TOKENS)

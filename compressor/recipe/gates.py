@@ -125,7 +125,12 @@ def read_gates(texts: Iterable[str], where: str) -> dict[str, float]:
                 data={"reason": "no-bound", "gate": text},
             )
         if (problem := unknown_gate(name)) is not None:
-            raise UsageError(problem, where=where, data={"reason": "unknown-gate", "gate": name})
+            raise UsageError(
+                problem,
+                where=where,
+                hint="Write a name that docs/recipe.md lists under gates.",
+                data={"reason": "unknown-gate", "gate": name},
+            )
         try:
             gates[name] = float(bound)
         except ValueError:
@@ -134,6 +139,7 @@ def read_gates(texts: Iterable[str], where: str) -> dict[str, float]:
             raise UsageError(
                 f"the bound {bound!r} of {name} is not a number",
                 where=where,
+                hint=f"Write it as in {name}=0.6.",
                 data={"reason": "bad-bound", "gate": name, "bound": bound},
             )
     return gates

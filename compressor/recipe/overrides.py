@@ -62,12 +62,22 @@ def put_value(source: Source, path: KeyPath, value: Any, place: str) -> None:
     if isinstance(node, list):
         if not isinstance(last, int) or last >= len(node):
             hint = f"Set the whole list, as in --set {dotted(path[:-1])}=[...]."
-            raise RecipeError(f"the list has {len(node)} entries", where=place, hint=hint)
+            raise RecipeError(
+                f"the list has {len(node)} entries",
+                where=place,
+                hint=hint,
+                data={"reason": "no-entry", "entries": len(node)},
+            )
         node[last] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError(f"{dotted(path[:-1])!r} is a plain value, not a map or a list", where=place)
+        raise RecipeError(
+            f"{dotted(path[:-1])!r} is a plain value, not a map or a list",
+            where=place,
+            hint=f"Set the value itself, as in --set {dotted(path[:-1])}=VALUE.",
+            data={"reason": "plain-value", "key": dotted(path[:-1])},
+        )
     for known in [p for p in source.positions if p[: len(path)] == path]:
         del source.positions[known]
     source.positions[path] = place

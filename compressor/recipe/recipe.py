@@ -174,14 +174,25 @@ def _build(source: Source) -> Recipe:
         raise RecipeError(
             f"version 1 is needed, {found} was found",
             where=source.where(("version",)),
+            hint="Write `version: 1` in the first line of the recipe.",
             data={"reason": "version", "found": found},
         )
     name = tree.get("name", _name_of(source.name))
     if not (isinstance(name, str) and re.fullmatch(r"[a-z0-9-]{1,80}", name)):
-        raise RecipeError(f"name {name!r} must be lower-case letters, digits and -", where=source.where(("name",)))
+        raise RecipeError(
+            f"name {name!r} must be lower-case letters, digits and -",
+            where=source.where(("name",)),
+            hint="Write a name such as gptq-w4.",
+            data={"reason": "bad-name", "name": str(name)[:160]},
+        )
     seed = tree.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**32:
-        raise RecipeError(f"seed {seed!r} must be a whole number from 0 to 2^32 - 1", where=source.where(("seed",)))
+        raise RecipeError(
+            f"seed {seed!r} must be a whole number from 0 to 2^32 - 1",
+            where=source.where(("seed",)),
+            hint="Write a number such as seed: 0.",
+            data={"reason": "bad-seed", "seed": repr(seed)[:160]},
+        )
     sections = {key: validated(model, tree.get(key, {}), source, (key,)) for key, model in SECTIONS.items()}
     return Recipe(name=name, seed=seed, sweeps=_sweeps(tree.get("steps"), source), **sections)
 
@@ -205,6 +216,7 @@ def _sweeps(steps: Any, source: Source) -> tuple[tuple[Step, ...], ...]:
                 raise RecipeError(
                     "a sweep is a list of steps",
                     where=source.where((*path, "sweep")),
+                    hint="Write its steps as a list, as in sweep: [{pass: awq}, {pass: gptq}].",
                     data={"reason": "sweep-without-steps"},
                 )
             sweeps.append(tuple(_step(member, source, (*path, "sweep", i)) for i, member in enumerate(members)))

@@ -16,11 +16,17 @@ from compressor.recipe.yaml_source import Source
 
 def validated(model: type[BaseModel], value: Any, source: Source, path: KeyPath) -> Any:
     if not isinstance(value, dict):
-        raise RecipeError(f"a map of settings is needed, {value!r} was found", where=source.where(path))
+        raise RecipeError(
+            f"a map of settings is needed, {value!r} was found",
+            where=source.where(path),
+            hint="Write settings as `name: value`, one a line.",
+            data={"reason": "no-map", "found": repr(value)[:120]},
+        )
     if (stray := _stray_boolean(model, value)) is not None:
         raise RecipeError(
             "true or false where something else is needed",
             where=source.where((*path, *stray)),
+            hint=f"Write a value of the type that docs/settings.md gives for {(*path, *stray)[-1]}.",
             data={"reason": "stray-boolean"},
         )
     try:
@@ -33,7 +39,7 @@ def validated(model: type[BaseModel], value: Any, source: Source, path: KeyPath)
         raise RecipeError(
             first.what + rest,
             where=first.where,
-            hint=first.hint if not rest else None,
+            hint=first.hint if not rest else "Correct these settings; docs/settings.md has the type and range of each.",
             data={**first.data, **also},
         ) from failure
 
@@ -46,7 +52,10 @@ def _problem(error: ErrorDetails, model: type[BaseModel], source: Source, path: 
         return _unknown_key(location[-1], _known_keys(model, location), source.where(at))
     found = f", found {error['input']!r}"[:120] if not isinstance(error["input"], dict) else ""
     return RecipeError(
-        error["msg"].removeprefix("Value error, ") + found, where=source.where(at), data=_values_of(error)
+        error["msg"].removeprefix("Value error, ") + found,
+        where=source.where(at),
+        hint="Correct this value; docs/settings.md has the type and range of each setting.",
+        data=_values_of(error),
     )
 
 

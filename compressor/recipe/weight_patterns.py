@@ -50,6 +50,7 @@ def compile_pattern(pattern: str, where: str) -> Glob:
         raise RecipeError(
             f"pattern {pattern[:200]!r} is malformed ({error})",
             where=where,
+            hint="Write a glob, such as q_proj, model.layers.*.mlp.** or @experts.",
             data={"reason": reason, "pattern": pattern[:200], "cause": str(error)},
         ) from error
 

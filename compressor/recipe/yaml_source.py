@@ -47,6 +47,7 @@ def read_yaml(content: bytes, name: str) -> Source:
         raise RecipeError(
             f"has {len(content):,} bytes, at most {MAX_BYTES:,} are read",
             where=name,
+            hint="Check that the file is the recipe; a recipe has no data in it.",
             data={"reason": "too-large", "bytes": len(content), "limit": MAX_BYTES},
         )
     try:
@@ -76,14 +77,25 @@ def read_yaml(content: bytes, name: str) -> Source:
         mark = error.problem_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise RecipeError(
-            f"is not valid YAML: {error.problem}", where=where, data={"reason": "not-yaml", "problem": error.problem}
+            f"is not valid YAML: {error.problem}",
+            where=where,
+            hint="Correct this line: check its indentation, quotes, brackets and colons.",
+            data={"reason": "not-yaml", "problem": error.problem},
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"is not valid YAML: {error}", where=name, data={"reason": "not-yaml", "problem": str(error)}
+            f"is not valid YAML: {error}",
+            where=name,
+            hint="Remove control characters, and check quotes and brackets.",
+            data={"reason": "not-yaml", "problem": str(error)},
         ) from error
     except RecursionError as error:
-        raise RecipeError("is nested too deeply", where=name) from error
+        raise RecipeError(
+            "is nested too deeply",
+            where=name,
+            hint=f"Write at most {MAX_DEPTH} levels of lists and maps.",
+            data={"reason": "nested-too-deeply", "levels": MAX_DEPTH},
+        ) from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -97,18 +109,24 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
         raise RecipeError(
             f"has more than {MAX_NODES:,} nodes or {MAX_DEPTH} levels",
             where=place,
+            hint="Write fewer entries, such as one pattern instead of many names, and fewer levels.",
             data={"reason": "too-many-nodes", "nodes": MAX_NODES, "levels": MAX_DEPTH},
         )
     if isinstance(node, yaml.MappingNode):
         if node.tag != "tag:yaml.org,2002:map":
-            raise RecipeError(f"tag {node.tag} is not allowed", where=place, data=_tag(node))
+            raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=_tag_hint(node), data=_tag(node))
         result: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             at = f"{source.name}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
             is_word = isinstance(key_node, yaml.ScalarNode) and not key_node.tag.endswith(":merge")
             key = _scalar(loader, key_node, at) if is_word else None
             if not isinstance(key, (str, int)) or isinstance(key, bool):
-                raise RecipeError("a key must be plain text", where=at)
+                raise RecipeError(
+                    "a key must be plain text",
+                    where=at,
+                    hint="Write the key as plain text, such as bits, without a tag, list or map.",
+                    data={"reason": "bad-key"},
+                )
             if key in result:
                 raise RecipeError(
                     f"key {key!r} appears twice",
@@ -121,7 +139,7 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
         return result
     if isinstance(node, yaml.SequenceNode):
         if node.tag != "tag:yaml.org,2002:seq":
-            raise RecipeError(f"tag {node.tag} is not allowed", where=place, data=_tag(node))
+            raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=_tag_hint(node), data=_tag(node))
         return [_value(loader, child, (*path, number), source, count) for number, child in enumerate(node.value)]
     return _scalar(loader, node, place)
 
@@ -131,12 +149,12 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
     if node.tag == "tag:yaml.org,2002:timestamp":
         return node.value
     if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in SCALARS:
-        hint = f"Remove {node.tag}, and write plain text, numbers, lists and maps."
-        raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=hint, data=_tag(node))
+        raise RecipeError(f"tag {node.tag} is not allowed", where=place, hint=_tag_hint(node), data=_tag(node))
     if not is_utf8(node.value):
         raise RecipeError(
             f"{_shown(node)} contains half of a surrogate pair",
             where=place,
+            hint="Write the whole character instead of its \\u escapes, or remove it.",
             data={"reason": "surrogate", "value": _shown(node)},
         )
     try:
@@ -145,15 +163,21 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
         raise RecipeError(
             f"{_shown(node)} can't be read ({error})",
             where=place,
+            hint="Remove the tag, or put the value in quotes.",
             data={"reason": "unreadable", "value": _shown(node), "cause": str(error)},
         ) from error
     if isinstance(value, int) and abs(value) >= LARGEST:
         raise RecipeError(
             f"{_shown(node)} is larger than any setting, 2^63 - 1 at most",
             where=place,
+            hint="Write a smaller number.",
             data={"reason": "too-large-number", "value": _shown(node)},
         )
     return value
+
+
+def _tag_hint(node: yaml.Node) -> str:
+    return f"Remove {node.tag}, and write plain text, numbers, lists and maps."
 
 
 def _tag(node: yaml.Node) -> dict[str, str]:

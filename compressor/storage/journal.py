@@ -78,6 +78,7 @@ class Journal:
                 f"the work directory can't be made ({error.strerror})",
                 where=str(work),
                 hint="Pass --output in a directory that you may write to.",
+                data={"reason": "not-made", "cause": error.strerror},
             ) from error
 
     @classmethod
@@ -170,6 +171,7 @@ class Journal:
                 f"can't be written ({error.strerror})",
                 where=file,
                 hint="Correct the permissions or the disk, then continue with --resume.",
+                data={"reason": "not-written", "cause": error.strerror},
             ) from error
         self.lines[key] = line
         self._checked.add(key)
@@ -301,7 +303,10 @@ def _lock(file: TextIO, work: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UsageError(
-            "another run is using this work directory", where=work.name, data={"reason": "in-use"}
+            "another run is using this work directory",
+            where=work.name,
+            hint="Wait until it ends or stop it, or pass another --output.",
+            data={"reason": "in-use"},
         ) from error
 
 

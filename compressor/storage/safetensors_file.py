@@ -128,6 +128,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"can't be read ({error.strerror})",
             where=path.name,
             hint="Give yourself read permission for it (chmod +r).",
+            data={"reason": "not-read", "cause": error.strerror},
         ) from error
     header = _parse(path, text)
     metadata = header.pop("__metadata__", {})

@@ -62,6 +62,7 @@ def library() -> Library | str:
             f"the compiled CPU library has ABI {functions.ABI}, and this release needs {ABI}",
             where=str(functions.__file__),
             hint="Run pip install --force-reinstall compress-model, which compiles the library again.",
+            data={"reason": "abi", "found": functions.ABI, "expected": ABI},
         )
     address = parallel_for_address()
     functions.use_parallel_for(address)

@@ -15,6 +15,7 @@ from compressor.kernels.cuda.nvrtc import Code
 from compressor.kernels.cuda.plans import KERNELS, PLANS, SIZES, Launch
 
 FILE = "libcuda.so.1"
+HINT = "Check the driver with nvidia-smi and update it, or load with kernels='reference'."
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def open_driver(index: int, path: str = FILE) -> Driver:
         functions = ctypes.CDLL(path)
     except OSError as error:
         data = {"reason": "no-driver", "error": str(error)}
-        raise KernelError(f"the CUDA driver doesn't load: {error}", where=path, data=data) from error
+        raise KernelError(f"the CUDA driver doesn't load: {error}", where=path, hint=HINT, data=data) from error
     device, context = c_int(), c_void_p()
     functions.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p]
     functions.cuCtxSetCurrent.argtypes = [c_void_p]
@@ -50,7 +51,9 @@ def error_text(functions: ctypes.CDLL, code: int) -> str:
 def _check(functions: ctypes.CDLL, code: int) -> None:
     if code:
         text = error_text(functions, code)
-        raise KernelError(f"CUDA driver: {text} ({code})", data={"reason": "driver", "code": code, "text": text})
+        raise KernelError(
+            f"CUDA driver: {text} ({code})", hint=HINT, data={"reason": "driver", "code": code, "text": text}
+        )
 
 
 def load_code(driver: Driver, code: Code) -> dict[str, c_void_p]:

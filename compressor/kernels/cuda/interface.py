@@ -34,4 +34,8 @@ class Kernels:
         if code == BAD_CALL:
             return ShapeError(f"{what}: {self.name} takes no such shapes", data={"reason": "bad-call", **data})
         text = f"{what}: {self.name} failed: {self.error_text(code)} ({code})"
-        return KernelError(text, data={"reason": "launch", **data})
+        return KernelError(
+            text,
+            hint="Load with kernels='reference', and report this message with the name of the GPU.",
+            data={"reason": "launch", **data},
+        )

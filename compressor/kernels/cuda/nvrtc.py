@@ -25,6 +25,7 @@ import torch
 
 from compressor.errors import KernelError
 
+HINT = "Run pip install --force-reinstall nvidia-cuda-nvrtc, or load with kernels='reference'."
 HERE = Path(__file__).parent
 
 
@@ -81,9 +82,8 @@ def load(path: str) -> Nvrtc:
     try:
         functions = ctypes.CDLL(path)
     except OSError as error:
-        hint = "Run pip install --force-reinstall nvidia-cuda-nvrtc, or load with kernels='reference'."
         data = {"reason": "not-loaded", "error": str(error)}
-        raise KernelError(f"NVRTC doesn't load: {error}", where=path, hint=hint, data=data) from error
+        raise KernelError(f"NVRTC doesn't load: {error}", where=path, hint=HINT, data=data) from error
     functions.nvrtcGetErrorString.restype = c_char_p
     major, minor = c_int(), c_int()
     _check(functions, functions.nvrtcVersion(byref(major), byref(minor)), path)
@@ -93,7 +93,9 @@ def load(path: str) -> Nvrtc:
 def _check(functions: ctypes.CDLL, code: int, where: str) -> None:
     if code:
         text = functions.nvrtcGetErrorString(code).decode()
-        raise KernelError(f"NVRTC: {text}", where=where, data={"reason": "nvrtc", "code": code, "text": text})
+        raise KernelError(
+            f"NVRTC: {text}", where=where, hint=HINT, data={"reason": "nvrtc", "code": code, "text": text}
+        )
 
 
 def targets(compiler: Nvrtc) -> set[int]:
@@ -146,7 +148,7 @@ def compile_source(compiler: Nvrtc, name: str, text: str, kernels: tuple[str, ..
         if functions.nvrtcCompileProgram(program, 2, options):
             log, where = _log(functions, program), f"{name}.cu, {target}"
             data = {"reason": "source-refused", "log": log}
-            raise KernelError(f"NVRTC refuses the source:\n{log}", where=where, data=data)
+            raise KernelError(f"NVRTC refuses the source:\n{log}", where=where, hint=HINT, data=data)
         size = c_size_t()
         _check(functions, functions.nvrtcGetCUBINSize(program, byref(size)), name)
         cubin = ctypes.create_string_buffer(size.value)

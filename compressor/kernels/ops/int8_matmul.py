@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ShapeError
-from compressor.kernels.ops.checks import check_call, refuse
+from compressor.kernels.ops.checks import check_call, operands, refuse
 from compressor.kernels.ops.linear import DTYPES, cpu_library, threads_for
 from compressor.kernels.ops.registry import register
 
@@ -76,7 +76,10 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         found.level, threads_for(b.numel()), a.data_ptr(), b.data_ptr(), product.data_ptr(), rows, len(b), columns
     )
     if error:
-        raise ShapeError(f"int8_matmul refused a {tuple(a.shape)}, b {tuple(b.shape)} (code {error})")
+        raise ShapeError(
+            f"int8_matmul refused a {tuple(a.shape)}, b {tuple(b.shape)} (code {error})",
+            data={"op": "int8_matmul", "code": error, **operands(a=a, b=b)},
+        )
     return product
 
 

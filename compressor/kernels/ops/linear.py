@@ -48,11 +48,15 @@ def group_columns(in_features: int, group_size: int) -> int:
 
 def _check_layout(layout: str, tensor: Tensor) -> None:
     if layout != LAYOUT:
-        raise ShapeError(f"packed layout {layout!r}, {', '.join(map(repr, (LAYOUT, *CUDA_LAYOUTS)))} expected")
+        raise ShapeError(
+            f"packed layout {layout!r}, {', '.join(map(repr, (LAYOUT, *CUDA_LAYOUTS)))} expected",
+            data={"reason": "layout", "layout": layout},
+        )
     if not tensor.is_cpu:
         raise KernelError(
             f"layout {LAYOUT!r} and a weight on {tensor.device}",
             hint=f"Use layout {' or '.join(map(repr, CUDA_LAYOUTS))} for a weight on a GPU.",
+            data={"layout": LAYOUT, "device": str(tensor.device)},
         )
 
 

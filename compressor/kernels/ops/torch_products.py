@@ -92,6 +92,7 @@ def _linear(
         raise KernelError(
             f"{layout} takes float32 inputs, these are {rows.dtype}",
             hint="Call `prepare` again after the model's dtype has changed, or convert the inputs to float32.",
+            data={"layout": layout, "dtype": str(rows.dtype)},
         )
     elif layout == INT8:
         y = torch._weight_int8pack_mm(rows, packed[at:].view(torch.int8).view(out_features, columns), scales)

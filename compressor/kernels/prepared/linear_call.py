@@ -62,7 +62,11 @@ class LinearCall:
         weights, given = tuple(layer.packed for layer in self.layers), array("q")
         for packed, layer in zip(weights, self.layers, strict=True):
             if not packed.is_cpu:
-                raise KernelError(f"{self.name}: weight on {packed.device}", hint=ops.ON_CPU)
+                raise KernelError(
+                    f"{self.name}: weight on {packed.device}",
+                    hint=ops.ON_CPU,
+                    data={"op": self.name, "device": str(packed.device)},
+                )
             given.extend((packed.data_ptr(), packed.numel(), 0, 0, layer.out_features, 0))
         self.bound = Bound(
             run=getattr(library.functions, f"{self.name}_parts"),
@@ -112,5 +116,8 @@ class LinearCall:
         )  # fmt: skip
         if error:
             outs = [out for _, out, _ in parts]
-            raise ShapeError(f"{self.name}: a packed weight isn't of {outs} x {columns}, {bits} bits")
+            raise ShapeError(
+                f"{self.name}: a packed weight isn't of {outs} x {columns}, {bits} bits",
+                data={"op": self.name, "outs": list(outs), "columns": columns, "bits": bits},
+            )
         return outputs

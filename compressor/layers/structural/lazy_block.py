@@ -30,6 +30,7 @@ from compressor.errors import ModelError
 from compressor.layers.base import Layer, standing_for
 from compressor.layers.structural.observed_attention import last_seen, register_watching, watching
 
+NOT_LAZY_HINT = "Leave prefill_pruning out for this model; llm_int8 makes it faster without dropping tokens."
 MASKED = -1e30  # lower than any other score
 
 
@@ -112,6 +113,7 @@ class LazyBlock(Layer):
             raise ModelError(
                 f"is a {block.format_name} already",
                 where=where,
+                hint="Leave prefill_pruning out, or start from the original checkpoint.",
                 data={"reason": "already-replaced", "format_name": block.format_name},
             )
         names = tuple(inspect.signature(block.forward).parameters)
@@ -120,17 +122,22 @@ class LazyBlock(Layer):
             raise ModelError(
                 f"has {len(found)} attention modules that know their place; one is meant",
                 where=where,
+                hint=NOT_LAZY_HINT,
                 data={"reason": "attentions", "count": len(found)},
             )
         ((name, attention),) = found.items()
         if not getattr(attention, "is_causal", False):
             raise ModelError(
-                "attends to later tokens too, so it is no decoder's", where=where, data={"reason": "not-causal"}
+                "attends to later tokens too, so it is no decoder's",
+                where=where,
+                hint=NOT_LAZY_HINT,
+                data={"reason": "not-causal"},
             )
         if getattr(attention, "sliding_window", None) is not None:
             raise ModelError(
                 "attends within a window that slides, whose cache forgets",
                 where=where,
+                hint=NOT_LAZY_HINT,
                 data={"reason": "sliding-window"},
             )
         block.__class__ = standing_for(LazyBlock, type(block))  # type: ignore[arg-type]
@@ -233,6 +240,7 @@ class LazyBlock(Layer):
                 f"the cache returned {key.shape[2]} keys, but {columns.shape[1]} were stored",
                 where=f"block {self.number}",
                 hint="Pass past_key_values=DynamicCache(), or no cache, to generate.",
+                data={"returned": key.shape[2], "stored": columns.shape[1]},
             )
         groups = query.shape[1] // key.shape[1]
         last, keys = query[:, :, -1:].float(), key.float().repeat_interleave(groups, 1)
@@ -333,6 +341,7 @@ def _lazy_cache(kind: type) -> type:
             raise ModelError(
                 "a cache of which tokens were dropped can't be shortened",
                 where=kind.__name__,
+                hint="Generate without assisted decoding or prompt lookup, or begin with a new cache.",
                 data={"reason": "no-crop"},
             )
 

@@ -57,6 +57,7 @@ def reshape(
             raise ModelError(
                 f"a module has the unknown format {format_name!r}",
                 where="compressed_modules",
+                hint=RESHAPED_HINT,
                 data={"format_name": format_name},
             )
         formats[format_name].prepare(model)

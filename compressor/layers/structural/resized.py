@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from compressor.errors import ModelError
-from compressor.layers.base import Layer
+from compressor.layers.base import DAMAGED_HINT, Layer
 
 EPS_ATTRIBUTES = ("eps", "variance_epsilon", "epsilon")  # the names of eps in norms
 
@@ -40,6 +40,7 @@ class Resized(Layer):
                 raise ModelError(
                     f"{type(module).__name__} has no {name}",
                     where="resized",
+                    hint=DAMAGED_HINT,
                     data={"module": type(module).__name__, "name": name},
                 )
             setattr(module, name, value)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
-from compressor.layers.base import Layer, standing_for
+from compressor.layers.base import DAMAGED_HINT, Layer, standing_for
 
 INPUT, ARGUMENT, CONSTANT = "input", "argument", "constant"  # the kinds of arguments of a call
 
@@ -69,7 +69,10 @@ class RotatedBlock(Layer):
         """
         if isinstance(block, RotatedBlock):
             raise ModelError(
-                "is a rotated block already", where=type(block).__name__, data={"reason": "already-rotated"}
+                "is a rotated block already",
+                where=type(block).__name__,
+                hint="Leave the step out, or start from the original checkpoint.",
+                data={"reason": "already-rotated"},
             )
         like = next(p for p in block.parameters() if p.is_floating_point())
         parameters = list(inspect.signature(block.forward).parameters.values())[1:]
@@ -88,6 +91,7 @@ class RotatedBlock(Layer):
             raise ModelError(
                 f"{len(self.widths)} widths for {len(self.sublayers)} sublayers; one more than sublayers is needed",
                 where="rotated_block",
+                hint=DAMAGED_HINT,
                 data={"reason": "widths", "widths": len(self.widths), "sublayers": len(self.sublayers)},
             )
         for number, sublayer in enumerate(self.sublayers):
@@ -100,6 +104,7 @@ class RotatedBlock(Layer):
                 raise ModelError(
                     f"sublayer {number} reads {before} values and writes {after} without a shortcut",
                     where="rotated_block",
+                    hint=DAMAGED_HINT,
                     data={"reason": "no-shortcut", "sublayer": number, "before": before, "after": after},
                 )
 

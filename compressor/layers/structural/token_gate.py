@@ -81,7 +81,12 @@ class TokenGate(Layer):
         raises  ModelError if it already is one
         """
         if isinstance(block, TokenGate):
-            raise ModelError("has a token gate already", where=type(block).__name__, data={"reason": "already-gated"})
+            raise ModelError(
+                "has a token gate already",
+                where=type(block).__name__,
+                hint="Leave the step out, or start from the original checkpoint.",
+                data={"reason": "already-gated"},
+            )
         parameters = list(inspect.signature(block.forward).parameters.values())[1:]
         block.__class__ = standing_for(TokenGate, type(block))  # type: ignore[arg-type]
         assert isinstance(block, TokenGate)
@@ -168,7 +173,12 @@ class TokenGate(Layer):
             else:
                 kwargs = {**kwargs, name: shown}
         if valid.shape[1] != n:
-            raise ModelError(f"{n} tokens come with a mask of {valid.shape[1]}", where=name)
+            raise ModelError(
+                f"{n} tokens come with a mask of {valid.shape[1]}",
+                where=name,
+                hint="Pass an attention_mask with one value for each token.",
+                data={"reason": "mask-length", "tokens": n, "mask": valid.shape[1]},
+            )
         return args, kwargs, counts, valid
 
     def _chosen(self, seen: list[tuple[Tensor, Tensor, float]], valid: Tensor | None, left: list[int]) -> Tensor:
@@ -240,6 +250,7 @@ def attended(mask: Any, samples: int) -> Tensor:
             f"a token gate can't read an attention mask of type {type(mask).__name__}",
             where="attention_mask",
             hint="Load the model with attn_implementation='sdpa' or 'eager'.",
+            data={"reason": "mask-type", "type": type(mask).__name__},
         )
     found = mask if mask.dim() == 2 else mask[:, 0, 0, :]
     if found.dtype != torch.bool:

@@ -79,6 +79,7 @@ class Trials:
                 f"{total} calibration samples can't be split into {1 - share:g} and {share:g}",
                 where="greedy_removal.confirm",
                 hint="Set a larger data.samples, or set confirm nearer to 0.5.",
+                data={"reason": "not-split", "samples": total, "share": share},
             )
         drawn = torch.randperm(total, generator=model.generator)
         confirms = torch.zeros(total, dtype=torch.bool)

@@ -137,7 +137,11 @@ def pca(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, triangle = torch.linalg.qr(q)
         q = q * torch.sign(triangle.diagonal())
         if orthogonality_error(q) > ORTHOGONAL_TOLERANCE:
-            raise PassError(f"the eigenvectors are not orthogonal (off by {orthogonality_error(q):.1e})")
+            raise PassError(
+                f"the eigenvectors are not orthogonal (off by {orthogonality_error(q):.1e})",
+                hint="Set model.dtype: float32, or a larger data.samples.",
+                data={"reason": "not-orthogonal", "error": orthogonality_error(q)},
+            )
     largest = q.abs().argmax(0)  # the first where several are equal
     return values, q * torch.sign(q.gather(0, largest[None]))
 
@@ -147,7 +151,11 @@ def _eigh_scaled(matrix: torch.Tensor, trace: float) -> tuple[torch.Tensor, torc
     try:
         values, vectors = torch.linalg.eigh(matrix / trace)
     except torch.linalg.LinAlgError as error:
-        raise PassError(f"the eigenvectors of the covariance can't be found ({error})") from error
+        raise PassError(
+            f"the eigenvectors of the covariance can't be found ({error})",
+            hint="Set model.dtype: float32, or a larger data.samples.",
+            data={"reason": "no-eigenvectors", "cause": str(error)},
+        ) from error
     return values * trace, vectors
 
 
