@@ -13,7 +13,8 @@ from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.modeling_file import custom_type, find_backbone
 from compressor.artifact.stock_formats import FAMILIES, described_by, module_of, sorted_params
 from compressor.errors import PreflightError
-from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, reshaping, stock_class
+from compressor.model.class_changes import MODULES, SHAPES
+from compressor.model.reshaped_class import is_reshaped, reshaping, stock_class
 from compressor.model.stored_weight import StoredWeight
 
 

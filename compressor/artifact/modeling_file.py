@@ -27,7 +27,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from compressor import __version__ as VERSION
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
-from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped, structural_formats
+from compressor.model.class_changes import MODULES, SHAPES
+from compressor.model.reshaped_class import is_reshaped, structural_formats
 
 BASE = "compressor.layers.base"
 PLACING = "compressor.layers.structural.placing"

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.model.block_runner import Pieces, output_of
+from compressor.model.class_changes import MODULES, SHAPES
 from compressor.model.narrow_shapes import divide_shapes, divisor
 from compressor.model.probe_model import (
     Kind,
@@ -33,7 +34,7 @@ from compressor.model.probe_model import (
     signature,
     with_parts,
 )
-from compressor.model.reshaped_class import MODULES, SHAPES, is_reshaped
+from compressor.model.reshaped_class import is_reshaped
 
 SMALL = 1 << 22  # entries of a probe model that is used as it is; 32 MiB in float64
 LEAST_HEAD = 4  # values of a head: rotary embeddings need an even number, also of a part of it
