@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from compressor.analysis.input_producers import Producers
 from compressor.artifact.export_format import ExportFormat
