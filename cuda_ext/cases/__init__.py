@@ -6,7 +6,7 @@ One module for each source, KERNELS[name of the source], with
     run(kernels, case, memory, seed, stream=0)
                          runs a case and compares, raises AssertionError, returns the result as stored. `kernels` are
                          `compressor.kernels.cuda.interface.Kernels`; `memory` places arrays where kernels
-                         can read them: GuardedMemory of `arrays`, or the memory of a GPU (scripts/check_gpu.py)
+                         can read them: GuardedMemory of `arrays`, or the memory of a GPU (scripts/check_gpu)
 """
 
 from __future__ import annotations

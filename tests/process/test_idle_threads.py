@@ -13,7 +13,9 @@ import pytest
 from compressor.process import child, idle_threads
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = [path for pattern in ("*.py", "bench/*.py", "train/*.py") for path in (ROOT / "scripts").glob(pattern)]
+PROGRAMS = [
+    path for pattern in ("*.py", "bench/*.py", "gpu/*.py", "train/*.py") for path in (ROOT / "scripts").glob(pattern)
+]
 SCRIPTS = sorted(path for path in PROGRAMS if "__main__" in path.read_text())
 # a torch that says at its import what the true one's threads would be told, and whether the package was there before
 TORCH = """
