@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from compressor.kernels.ops.blocks import round_to_shift
-from compressor.kernels.ops.lookup_tables import softmax
+from compressor.kernels.ops.table_functions import softmax
 from compressor.layers.base import Layer
 
 IMPLEMENTATION = "table_softmax"
@@ -37,7 +37,7 @@ class BlockAttention(Layer):
     format_name = "block_attention"
     stands_for = "attention"
     weight_only = False
-    helpers = ("compressor.kernels.ops.blocks", "compressor.kernels.ops.lookup_tables")
+    helpers = ("compressor.kernels.ops.blocks", "compressor.kernels.ops.table_functions")
     table: Tensor
 
     def __init__(self, entries: int, step: float, lookup: str, bits: int | None, block: int | None) -> None:

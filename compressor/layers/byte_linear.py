@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.kernels.ops.packed_codes import dequantize
+from compressor.kernels.ops.pack_codes import dequantize
 from compressor.layers.base import Layer, Stock, integer_scheme
 
 
@@ -24,7 +24,7 @@ class ByteLinear(Layer):
     """Replaces nn.Linear. Multiplies by the dequantized weight."""
 
     format_name = "byte_linear"
-    helpers = ("compressor.kernels.ops.packed_codes",)
+    helpers = ("compressor.kernels.ops.pack_codes",)
     bits, symmetric = 8, False
     weight: Tensor
     weight_scale: Tensor

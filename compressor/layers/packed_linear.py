@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import ShapeError
-from compressor.kernels.ops.packed_codes import dequantize, pack_codes, unpack_codes
+from compressor.kernels.ops.pack_codes import dequantize, pack_codes, unpack_codes
 from compressor.layers.base import DAMAGED_HINT, Layer, Stock, integer_scheme
 
 
@@ -25,7 +25,7 @@ class PackedLinear(Layer):
     """Replaces nn.Linear. Multiplies by the dequantized weight."""
 
     format_name = "packed_linear"
-    helpers = ("compressor.kernels.ops.packed_codes",)
+    helpers = ("compressor.kernels.ops.pack_codes",)
     weight_packed: Tensor
     weight_scale: Tensor
     weight_shape: Tensor

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from compressor.kernels.ops.lookup_tables import activate
+from compressor.kernels.ops.table_functions import activate
 from compressor.layers.base import Layer
 
 STRAIGHT = 1e-4  # for GELU from 4.3 on, where the asymptote has an error of 4e-5
@@ -29,7 +29,7 @@ class TableActivation(Layer):
     format_name = "table_activation"
     stands_for = "activation"
     weight_only = False
-    helpers = ("compressor.kernels.ops.lookup_tables",)
+    helpers = ("compressor.kernels.ops.table_functions",)
     table: Tensor
 
     def __init__(

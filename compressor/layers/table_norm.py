@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from compressor.kernels.ops.lookup_tables import normalize
+from compressor.kernels.ops.table_functions import normalize
 from compressor.layers.base import Layer
 
 
@@ -30,7 +30,7 @@ class TableNorm(Layer):
     format_name = "table_norm"
     stands_for = "norm"
     weight_only = False
-    helpers = ("compressor.kernels.ops.lookup_tables",)
+    helpers = ("compressor.kernels.ops.table_functions",)
     weight: Tensor | None
     table: Tensor
 

@@ -21,8 +21,8 @@ from compressor.kernels.ops.dense_product import linear_dense
 from compressor.kernels.ops.dense_sparse import linear_dense_sparse
 from compressor.kernels.ops.hadamard import hadamard
 from compressor.kernels.ops.hadamard_matrix import base_matrix, base_of, sylvester
-from compressor.kernels.ops.lookup_tables import look_up
 from compressor.kernels.ops.sparse_factors import sparse_product
+from compressor.kernels.ops.table_functions import look_up
 from compressor.kernels.ops.table_lookup import table_lookup
 
 LEAST = 5  # calls of each

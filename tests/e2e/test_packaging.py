@@ -16,7 +16,7 @@ NEEDED = {
     "compressor/cli/main.py", "compressor/demo/model.safetensors", "compressor/demo/tokenizer.json",
     "compressor/text/train.txt.gz", "compressor/text/heldout.txt.gz", "compressor/evaluation/templates/report.html.j2",
     "compressor/evaluation/report.schema.json", "compressor/recipes/gptq-w4a16.yaml",
-    "compressor/kernels/ops/packed_codes.py",
+    "compressor/kernels/ops/pack_codes.py",
     "compressor/py.typed", "compressor/kernels/cuda/sources/w_a16.cu", "compressor/kernels/cuda/sources/device.h",
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ from train import lm, vit
 from compressor.analysis.model_facts import facts_of
 from compressor.analysis.residual_stream import residual_of
 from compressor.kernels import cpu
-from compressor.kernels.ops.packed_codes import pack_codes
+from compressor.kernels.ops.pack_codes import pack_codes
 from compressor.methods.rotation.rotation import random_orthogonal
 from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks, read_structure

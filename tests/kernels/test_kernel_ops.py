@@ -22,7 +22,7 @@ from compressor.kernels.ops.hadamard_matrix import base_matrix, base_of, sylvest
 from compressor.kernels.ops.int8_split import round_rows
 from compressor.kernels.ops.large_pages import LARGE, empty_bytes
 from compressor.kernels.ops.linear import DTYPES as CODES
-from compressor.kernels.ops.lookup_tables import activate, inverse_root, look_up
+from compressor.kernels.ops.table_functions import activate, inverse_root, look_up
 from compressor.layers.sparse_factor_linear import SparseFactorLinear
 from compressor.methods.quantization.lookup_tables import root_table
 

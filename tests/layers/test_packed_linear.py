@@ -8,7 +8,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from raising import raises
 
 from compressor.errors import ShapeError
-from compressor.kernels.ops.packed_codes import pack_codes, unpack_codes
+from compressor.kernels.ops.pack_codes import pack_codes, unpack_codes
 from compressor.layers.packed_linear import PackedLinear
 
 WORKED = [

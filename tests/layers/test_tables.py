@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 import compressor
 from compressor.engine.plan import make_plan
 from compressor.errors import RecipeError
-from compressor.kernels.ops.lookup_tables import activate, inverse_root, look_up, softmax
+from compressor.kernels.ops.table_functions import activate, inverse_root, look_up, softmax
 from compressor.layers import find_layer
 from compressor.layers.block_attention import attend
 from compressor.methods.quantization.lookup_tables import NARROWEST, activation_table, exp_table, root_table, tabulate

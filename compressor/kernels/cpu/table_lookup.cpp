@@ -1,4 +1,4 @@
-// f(x) from a lookup table of equally spaced values, rounded as compressor.kernels.ops.lookup_tables.look_up: place = (x - low) / step
+// f(x) from a lookup table of equally spaced values, rounded as compressor.kernels.ops.table_functions.look_up: place = (x - low) / step
 // in float32, clamped to the table; between two entries torch.lerp, whose product and sum are one fma. With slopes, those of
 // `activate`. An inverse root reads only the root of x's mantissa, as inverse_root does.
 #include <algorithm>

@@ -1,7 +1,7 @@
 """Reads functions from lookup tables with the compiled library.
 
 Importing this module registers torch.ops.compressor.table_lookup and table_inverse_root. The same in plain torch:
-`look_up`, `activate` with slopes, and `inverse_root` of `compressor.kernels.ops.lookup_tables`.
+`look_up`, `activate` with slopes, and `inverse_root` of `compressor.kernels.ops.table_functions`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Implements layers that read a function from a lookup table with the CPU library.
 
-The arithmetic is that of `lookup_tables`, `table_lookup` or `table_inverse_root` read the entries, and the outputs have
-the bits of the replaced layer.
+The arithmetic is that of `table_functions`, `table_lookup` or `table_inverse_root` read the entries, and the outputs
+have the bits of the replaced layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels.ops.blocks import round_to_shift
-from compressor.kernels.ops.lookup_tables import normalize, softmax
+from compressor.kernels.ops.table_functions import normalize, softmax
 from compressor.kernels.ops.table_lookup import table_inverse_root, table_lookup
 from compressor.kernels.ops.watched import is_watched, without_gradient
 from compressor.kernels.prepared.dispatch import Choice

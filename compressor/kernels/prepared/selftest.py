@@ -17,8 +17,8 @@ from compressor.kernels.ops import linear as ops
 from compressor.kernels.ops.gptq_columns import round_columns, trial_columns
 from compressor.kernels.ops.hadamard_matrix import base_matrix, sylvester
 from compressor.kernels.ops.int8_split import columns_product, round_rows, rounded_product
-from compressor.kernels.ops.lookup_tables import activate, inverse_root
 from compressor.kernels.ops.scale_ranges import COARSE_STEP, COARSE_STEPS, FINE_STEP, search_in_torch
+from compressor.kernels.ops.table_functions import activate, inverse_root
 
 ROWS, OUT, COLUMNS, GROUP = 14, 70, 96, 32
 FEW = 2  # without VNNI, few and many rows use different code
@@ -242,7 +242,7 @@ def _hadamard(x: Tensor) -> Problem:
 
 
 def _tables(x: Tensor, made: torch.Generator) -> Iterator[Problem]:
-    """Results are those of `lookup_tables`, except for the last place."""
+    """Results are those of `table_functions`, except for the last place."""
     table, low, step, slopes = torch.rand(33, generator=made) + 1, -2.0, 0.125, (0.0, 1.0)
     positive = x.abs() + 2.0**-20
     for linear in (True, False):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels.ops.blocks import power_of_two, unpack_rows
-from compressor.kernels.ops.packed_codes import unpack_codes
+from compressor.kernels.ops.pack_codes import unpack_codes
 from compressor.kernels.ops.sparse_factors import unpack_index
 from compressor.kernels.prepared.dispatch import FactorWeight, IntegerWeight, OutlierWeight, Weight
 

@@ -24,7 +24,7 @@ class Gram:
 
     def add(self, x: torch.Tensor) -> Gram:
         """Add x (tokens, in). Products of 16-bit inputs are exact in float32."""
-        from compressor.kernels.ops.hessian import (
+        from compressor.kernels.ops.hessian_add import (
             hessian_add_,
         )  # it imports torch, and settings must load without torch
 

@@ -52,7 +52,7 @@ class _Triangle:
             unit = torch.eye(len(root), dtype=root.dtype, device=root.device)
             self.inverses[start] = torch.linalg.solve_triangular(root, unit, upper=True)
             return True
-        from compressor.kernels.ops.hessian import hessian_add_  # imports torch, which loading settings must not
+        from compressor.kernels.ops.hessian_add import hessian_add_  # imports torch, which loading settings must not
 
         middle = _middle(start, stop)
         if not self.factor(middle, stop):

@@ -9,7 +9,7 @@ from raising import raises
 
 from compressor.errors import ShapeError
 from compressor.kernels.cpu import Library, levels_here, library
-from compressor.kernels.ops import hessian
+from compressor.kernels.ops import hessian_add
 from compressor.methods.quantization.hessian import Gram
 
 BUILT = isinstance(library(), Library)
@@ -27,12 +27,12 @@ def test_a_hessian_keeps_and_adds_within_the_bound(tokens, width, dtype):
     x = torch.randn(tokens, width, generator=made).to(dtype)
     before = torch.randn(width, width, generator=made)
     after, wide = before.clone(), x.double()
-    hessian.hessian_add_(after, x, 0.75, 0.5)
+    hessian_add.hessian_add_(after, x, 0.75, 0.5)
     exact = 0.75 * before.double() + 0.5 * wide.t() @ wide
     # any order of the sum's terms, an addition more and two scalings
     allowed = (tokens + 3) * UNIT * SECOND_ORDER * (0.75 * before.abs() + 0.5 * wide.abs().t() @ wide.abs())
     assert ((after.double() - exact).abs() <= allowed).triu().sum() == width * (width + 1) // 2
-    left = torch.arange(width)[None] < torch.arange(width)[:, None] // hessian.PANEL * hessian.PANEL
+    left = torch.arange(width)[None] < torch.arange(width)[:, None] // hessian_add.PANEL * hessian_add.PANEL
     assert torch.equal(after[left], before[left])
     torch.library.opcheck(torch.ops.compressor.hessian_add_.default, (before, x, 0.75, 0.5))
 
@@ -50,7 +50,7 @@ def test_a_compiled_hessian_keeps_and_adds_within_the_bound_without_a_byte_beyon
     wide, found = x.double(), []
     for threads in (1, 2):
         after = guarded(whole)[:, :width]
-        hessian.add_compiled(after, x, 0.75, 0.5, level, threads)
+        hessian_add.add_compiled(after, x, 0.75, 0.5, level, threads)
         found.append(after)
     assert torch.equal(*found)
     exact = 0.75 * before.double() + 0.5 * wide.t() @ wide
@@ -62,9 +62,9 @@ def test_a_compiled_hessian_keeps_and_adds_within_the_bound_without_a_byte_beyon
 @compiled
 def test_the_library_adds_bfloat16_to_float32_where_the_processor_multiplies_it():
     x, matrix = torch.zeros(2, 4).bfloat16(), torch.zeros(4, 4)
-    assert hessian.multiplies(matrix, x) == bool(library().functions.has_bfloat16_products())
+    assert hessian_add.multiplies(matrix, x) == bool(library().functions.has_bfloat16_products())
     for other in ((matrix.double(), x), (matrix, x.half()), (matrix, x.float()), (matrix[:, ::2][:2], x[:, :2])):
-        assert not hessian.multiplies(*other)
+        assert not hessian_add.multiplies(*other)
 
 
 def test_a_gram_adds_by_the_operation():
@@ -77,22 +77,22 @@ def test_a_gram_adds_by_the_operation():
 def test_a_hessian_of_another_shape_is_refused():
     for matrix, x in ((torch.zeros(3, 4), torch.zeros(2, 4)), (torch.zeros(4, 4), torch.zeros(4))):
         with raises(ShapeError, op="hessian_add_", hessian=list(matrix.shape), x=list(x.shape)):
-            hessian.hessian_add_(matrix, x, 1.0, 1.0)
+            hessian_add.hessian_add_(matrix, x, 1.0, 1.0)
     with raises(ShapeError, op="hessian_add_", hessian="torch.bfloat16", x="torch.float32"):
-        hessian.hessian_add_(torch.zeros(4, 4).bfloat16(), torch.zeros(2, 4), 1.0, 1.0)
+        hessian_add.hessian_add_(torch.zeros(4, 4).bfloat16(), torch.zeros(2, 4), 1.0, 1.0)
 
 
 def test_a_hessian_that_keeps_nothing_forgets_what_is_not_a_number():
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(6))
     found = torch.full((4, 4), torch.nan)
-    hessian.hessian_add_(found, x, 0.0, 1.0)
+    hessian_add.hessian_add_(found, x, 0.0, 1.0)
     assert found.isfinite().all()
 
 
 def test_a_hessian_is_added_to_in_a_compiled_function():
     x = torch.randn(6, 150, generator=torch.Generator().manual_seed(6))
     expected, found = torch.ones(150, 150), torch.ones(150, 150)
-    hessian.hessian_add_(expected, x, 0.5, 2.0)
+    hessian_add.hessian_add_(expected, x, 0.5, 2.0)
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def add(matrix, tokens):
