@@ -6,6 +6,7 @@ give the probe model's own logits bit for bit. If they don't, the model is refus
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.errors import ModelError
-from compressor.model.block_runner import Batch, Pieces, hidden_of, output_of
+from compressor.model.block_runner import Batch, Call, Pieces, hidden_of, output_of
 from compressor.model.model_building import guarded
 from compressor.model.narrow_probe import Probe
 from compressor.model.probe_model import example_batch, make_probe_model
@@ -51,6 +52,32 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
     raises  ModelError naming the first block that can't run alone, with the reason
     """
     pieces = Pieces(model, blocks_path)
+    blocks, expected = _observe(model, pieces, batch)
+    hidden, calls = pieces.embeddings(batch)
+    for index, (call, seen) in enumerate(zip(calls, blocks, strict=True)):
+        hidden = _run_alone(pieces, index, f"{blocks_path}.{index}", hidden, call, seen)
+    if not torch.equal(pieces.output_head(batch, hidden), expected):
+        raise ModelError(
+            "the output differs when the blocks are run one by one, though every block agrees",
+            where="output head",
+            hint=HINT,
+        )
+
+
+@dataclass(frozen=True)
+class ObservedBlock:
+    """A block's call in the whole model, copied. given: its arguments beside the hidden states"""
+
+    entered: Tensor
+    given: list[Any]
+    left: Tensor
+
+
+def _observe(model: PreTrainedModel, pieces: Pieces, batch: Batch) -> tuple[list[ObservedBlock], Tensor]:
+    """Run the whole model: what each of its blocks gets and gives, and its output.
+
+    raises  ModelError unless every block is called once, with the hidden states first
+    """
     blocks = dict(enumerate(pieces.blocks))
     try:
         with (
@@ -63,54 +90,48 @@ def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:
         check_output(expected)
     except (IndexError, KeyError) as error:  # a block called without hidden states
         raise ModelError(
-            "the first argument of its blocks is not the hidden states", where=blocks_path, hint=HINT
+            "the first argument of its blocks is not the hidden states", where=pieces.blocks_path, hint=HINT
         ) from error
-    inputs, given = [hidden for _, (hidden, _) in entered], [others for _, (_, others) in entered]
-    outputs = [output for _, output in left]
-    if len(inputs) != len(pieces):
+    if len(entered) != len(pieces):
         raise ModelError(
-            f"{len(inputs)} block calls were seen for {len(pieces)} blocks",
-            where=blocks_path,
+            f"{len(entered)} block calls were seen for {len(pieces)} blocks",
+            where=pieces.blocks_path,
             hint="Choose a model that runs every block once; models that skip or repeat blocks are not supported.",
-            data={"calls": len(inputs), "blocks": len(pieces)},
+            data={"calls": len(entered), "blocks": len(pieces)},
         )
-    hidden, calls = pieces.embeddings(batch)
-    for index, call in enumerate(calls):
-        name = f"{blocks_path}.{index}"
-        if not torch.equal(hidden, inputs[index]):
-            raise ModelError(
-                "the input of this block differs when the blocks are run one by one", where=name, hint=HINT
-            )
-        is_passed_more = not _same_leaves(given[index], _beside((hidden, *call.args), call.kwargs))
-        before, hidden = hidden, pieces.block(index, hidden, call)
-        if not torch.equal(before, inputs[index]):
-            raise ModelError(
-                "this block changes its input in place, so it can't be run twice",
-                where=name,
-                hint=HINT,
-                data={"reason": "writes-into-input"},
-            )
-        if not torch.equal(hidden, outputs[index]):
-            raise ModelError(
-                "earlier blocks pass this one more than hidden states, which can't be replayed"
-                if is_passed_more
-                else "the output of this block differs when the blocks are run one by one",
-                where=name,
-                hint=HINT,
-                data={"reason": "passed-more" if is_passed_more else "output-differs"},
-            )
-        if not torch.equal(pieces.block(index, before, call), hidden):
-            raise ModelError(
-                "this block changes its arguments (such as a cache), so a second run of it gives other outputs",
-                where=name,
-                hint=HINT,
-            )
-    if not torch.equal(pieces.output_head(batch, hidden), expected):
+    seen = zip(entered, left, strict=True)
+    return [ObservedBlock(hidden, given, output) for (_, (hidden, given)), (_, output) in seen], expected
+
+
+def _run_alone(pieces: Pieces, index: int, name: str, hidden: Tensor, call: Call, seen: ObservedBlock) -> Tensor:
+    """The output of a block that runs alone, twice. raises ModelError unless it is what it was in the whole model"""
+    if not torch.equal(hidden, seen.entered):
+        raise ModelError("the input of this block differs when the blocks are run one by one", where=name, hint=HINT)
+    is_passed_more = not _same_leaves(seen.given, _beside((hidden, *call.args), call.kwargs))
+    left = pieces.block(index, hidden, call)
+    if not torch.equal(hidden, seen.entered):
         raise ModelError(
-            "the output differs when the blocks are run one by one, though every block agrees",
-            where="output head",
+            "this block changes its input in place, so it can't be run twice",
+            where=name,
+            hint=HINT,
+            data={"reason": "writes-into-input"},
+        )
+    if not torch.equal(left, seen.left):
+        raise ModelError(
+            "earlier blocks pass this one more than hidden states, which can't be replayed"
+            if is_passed_more
+            else "the output of this block differs when the blocks are run one by one",
+            where=name,
+            hint=HINT,
+            data={"reason": "passed-more" if is_passed_more else "output-differs"},
+        )
+    if not torch.equal(pieces.block(index, hidden, call), left):
+        raise ModelError(
+            "this block changes its arguments (such as a cache), so a second run of it gives other outputs",
+            where=name,
             hint=HINT,
         )
+    return left
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, list[Any]]:

@@ -23,7 +23,7 @@ solve. Memory: 8·n² bytes for H and U, 4·m·n for one weight, and 80 MiB for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -481,6 +481,75 @@ def solve(
     return Solution(codes, Grid(settings.bits, settings.symmetric, scale, zero_point), loss)
 
 
+@dataclass
+class _Rows:
+    """Some rows of a weight while they are solved (`solve`). Its columns lie in rounding order, each contiguous.
+
+    work, errors, codes  (in, out): the weight with the errors of all columns before, the error of each rounded column
+                         divided by its diagonal entry of U, and the codes
+    scale, zero          (groups, out)
+    group_of             (in,) the group of each column
+    width                columns of a group
+    search               finds the grid of a group of columns from its weights and their importance
+    is_fresh             the grid of a group is found when the group is reached
+    """
+
+    work: torch.Tensor
+    errors: torch.Tensor
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    upper: torch.Tensor
+    importance: torch.Tensor
+    group_of: torch.Tensor
+    width: int
+    grid: Grid
+    search: Callable[[torch.Tensor, torch.Tensor], Grid]
+    is_fresh: bool
+
+    @property
+    def whole(self) -> int:
+        """Columns that must not be in different blocks. A group whose scale is searched when it is reached lies in one
+        block, and in one sub-block or in whole sub-blocks. Only then do all of its columns have the errors of all
+        columns before it.
+        """
+        return self.width if self.is_fresh else 1
+
+    def spread(self, start: int, middle: int, stop: int) -> None:
+        """Correct columns `middle` to `stop` - 1 for the errors of columns `start` to `middle` - 1."""
+        upper = self.upper[start:middle, middle:stop]
+        self.work[middle:stop].addmm_(upper.t(), self.errors[start:middle], alpha=-1)
+
+    def round_block(self, start: int, stop: int) -> None:
+        """Round columns `start` to `stop` - 1, which have the errors of all columns before them, in sub-blocks."""
+        own = self.whole if SUB_BLOCK % self.whole else SUB_BLOCK
+        cuts = [sub for first in range(start, stop, own) for sub in range(first, min(first + own, stop), SUB_BLOCK)]
+        for sub, end in pairwise([*cuts, stop]):
+            self._round_sub_block(sub, end)
+            if end < stop:
+                self.spread(sub, end, stop)
+
+    def _round_sub_block(self, sub: int, end: int) -> None:
+        """Round columns one by one; groups that begin among them get their grid first."""
+        from compressor.kernels.ops.gptq_solve import gptq_solve_  # imports torch, which loading settings must not
+
+        part = (self.work[sub:end], self.errors[sub:end], self.codes[sub:end], self.upper[sub:end, sub:end])
+        grids = (self.scale, None if self.grid.symmetric else self.zero)
+        starts = [j for j in range(sub, end) if self.is_fresh and j % self.width == 0]
+        for begin, until in pairwise(sorted({sub, *starts, end})):
+            if begin in starts:
+                self._find_grid(begin)
+            low, high = self.grid.low, self.grid.high
+            gptq_solve_(*part, self.group_of[sub:end], *grids, begin - sub, until - sub, low, high)
+
+    def _find_grid(self, begin: int) -> None:
+        """Find the grid of the group whose first column is `begin`, on the weights as updated so far."""
+        group = int(self.group_of[begin])
+        columns = self.work[begin : begin + self.width].t()
+        found = self.search(columns.reshape(len(columns), 1, self.width).float(), self.importance[group : group + 1])
+        self.scale[group], self.zero[group] = found.scale[:, 0], found.zero_point[:, 0]
+
+
 def _solve_rows(
     weight: torch.Tensor,
     upper: torch.Tensor,
@@ -491,66 +560,44 @@ def _solve_rows(
     stored: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales, zero points and losses of some rows (`solve`)."""
-    from compressor.kernels.ops.gptq_solve import gptq_solve_  # imports torch, which loading the settings must not
-
     out, columns = weight.shape
-    groups = columns // width
-    grid = find_grid(
-        weight.view(out, groups, width), settings.bits, settings.symmetric, settings.scale_search, stored, importance
-    )
-    fresh = settings.act_order in ("none", "group_aware", "group") and groups > 1
-    scale, zero = grid.scale.t().contiguous().to(weight.dtype), grid.zero_point.t().contiguous().to(weight.dtype)
+
+    def search(grouped: torch.Tensor, important: torch.Tensor) -> Grid:
+        return find_grid(grouped, settings.bits, settings.symmetric, settings.scale_search, stored, important)
+
+    grid = search(weight.view(out, -1, width), importance)
     work = weight.t().contiguous()[order]  # (in, out): a column of the matrix is contiguous; indexing before is slow
-    errors = torch.empty_like(work)
-    codes = torch.empty_like(work)
-    group_of = order // width
-    # A group whose scale is searched when it is reached lies in one block, and in one sub-block or in whole sub-blocks.
-    # Only then do all of its columns have the errors of all columns before it.
-    whole, block = width if fresh else 1, int(settings.block_size)
-    if whole % block:
-        block = -(-block // whole) * whole
-    own = whole if SUB_BLOCK % whole else SUB_BLOCK
-    grids = (scale, None if settings.symmetric else zero)
-
-    def find_fresh(begin: int) -> None:
-        group = int(group_of[begin])
-        found = find_grid(
-            work[begin : begin + width].t().reshape(out, 1, width).float(),
-            settings.bits,
-            settings.symmetric,
-            settings.scale_search,
-            stored,
-            importance[group : group + 1],
-        )
-        scale[group], zero[group] = found.scale[:, 0], found.zero_point[:, 0]
-
-    def round_block(start: int, stop: int) -> None:
-        cuts = [sub for first in range(start, stop, own) for sub in range(first, min(first + own, stop), SUB_BLOCK)]
-        for sub, end in pairwise([*cuts, stop]):
-            part = (work[sub:end], errors[sub:end], codes[sub:end], upper[sub:end, sub:end], group_of[sub:end])
-            starts = [j for j in range(sub, end) if fresh and j % width == 0]
-            for begin, until in pairwise(sorted({sub, *starts, end})):
-                if begin in starts:
-                    find_fresh(begin)
-                gptq_solve_(*part, *grids, begin - sub, until - sub, grid.low, grid.high)
-            if end < stop:
-                work[end:stop].addmm_(upper[sub:end, end:stop].t(), errors[sub:end], alpha=-1)
-
+    rows = _Rows(
+        work,
+        errors=torch.empty_like(work),
+        codes=torch.empty_like(work),
+        scale=grid.scale.t().contiguous().to(weight.dtype),
+        zero=grid.zero_point.t().contiguous().to(weight.dtype),
+        upper=upper,
+        importance=importance,
+        group_of=order // width,
+        width=width,
+        grid=grid,
+        search=search,
+        is_fresh=settings.act_order in ("none", "group_aware", "group") and columns > width,
+    )
+    block = int(settings.block_size)
+    if rows.whole % block:
+        block = -(-block // rows.whole) * rows.whole
     for start, middle, stop in _steps(0, columns, block):
         if middle == stop:
-            round_block(start, stop)
+            rows.round_block(start, stop)
         else:
-            work[middle:stop].addmm_(upper[start:middle, middle:stop].t(), errors[start:middle], alpha=-1)
-    unordered = torch.empty(columns, out, dtype=torch.int8, device=codes.device)
-    unordered[order] = codes.to(torch.int8)
-    stored_codes = unordered.t().contiguous().view(out, groups, width)
-    return stored_codes, scale.t().contiguous().float(), zero.t().contiguous().float(), errors.square_().sum(0)
+            rows.spread(start, middle, stop)
+    codes = torch.empty(columns, out, dtype=torch.int8, device=work.device)
+    codes[order] = rows.codes.to(torch.int8)
+    scale, zero = (values.t().contiguous().float() for values in (rows.scale, rows.zero))
+    return codes.t().contiguous().view(out, -1, width), scale, zero, rows.errors.square_().sum(0)
 
 
 def _steps(start: int, stop: int, block: int) -> Iterator[tuple[int, int, int]]:
     """Steps of a solve by halves: (start, stop, stop) rounds a block, (start, middle, stop) gives the errors of columns
-    start to middle - 1 to columns middle to stop - 1. A function of its own: a closure that calls itself is a cycle,
-    and would keep the working copies in memory.
+    start to middle - 1 to columns middle to stop - 1.
     """
     blocks = -(-(stop - start) // block)
     if blocks <= 1:
