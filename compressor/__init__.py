@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from compressor._version import __version__ as __version__
 from compressor.process.idle_threads import wait_asleep
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from compressor.protocol import Pass as Pass
     from compressor.run import compress as compress
 
-__version__ = "0.2.0.dev0"
 __all__ = ["Pass", "compress", "load"]
 _HOMES = {"load": "compressor.artifact.loader", "Pass": "compressor.protocol", "compress": "compressor.run"}
 

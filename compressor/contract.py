@@ -30,9 +30,9 @@ def _load_without_passes(directory: str) -> None:
 
     assert "compressor.passes" not in sys.modules
     sys.meta_path.insert(0, Refuse())  # type: ignore[arg-type]
-    import compressor
+    from compressor.artifact.loader import load
 
-    compressor.load(directory)
+    load(directory)
 
 
 def _resume(recipe: str, model: str, output: Path) -> Any:

@@ -9,13 +9,11 @@ import os
 import shutil
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from compressor.artifact import verify
-from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.files import check_files, remove_artifact
 from compressor.artifact.findings import Findings
 from compressor.artifact.manifest import Source, read_manifest
@@ -26,12 +24,12 @@ from compressor.engine.events import Emit, PredictedStage, warning_event
 from compressor.engine.interrupt import Stop, interruptible, signals
 from compressor.engine.job import Clock, Job, fingerprint
 from compressor.engine.line_facts import LineFacts
-from compressor.engine.plan import as_built, make_plan
-from compressor.engine.plan_records import DecidedPlan, Plan
+from compressor.engine.plan import make_plan
+from compressor.engine.plan_records import Plan
 from compressor.engine.request import check_request, find_device, folders_above, left_as_found, named_output
 from compressor.engine.run_samples import read_samples
 from compressor.engine.stage_times import check_time, predict_stages
-from compressor.engine.sweep import Sweeper, run_sweeps, save_probe
+from compressor.engine.sweep import Outcome, Sweeper, run_sweeps, save_probe
 from compressor.errors import ArtifactError, GateError
 from compressor.evaluation.environment import environment
 from compressor.evaluation.evaluate import Measured, evaluate
@@ -41,7 +39,6 @@ from compressor.evaluation.saturation import uncounted
 from compressor.evaluation.sections import Report
 from compressor.evaluation.weight_sizes import weight_sizes
 from compressor.model.checkpoint import model_label
-from compressor.model.stored_weight import StoredWeight
 from compressor.model.token_limit import limit_of
 from compressor.process.child import started_early
 from compressor.process.resources import room
@@ -93,12 +90,11 @@ def compress(
             stages = predict_stages(plan, measure, place)
             check_time(stages, long)
         shared = fingerprint(plan, calibration, place)
-        pinned = plan.recipe.pinned(*(samples.sha256 if samples else None for samples in (calibration, held_out)))
         journal = Journal.reopen(work, shared) if resume else Journal.create(work, shared)
         with left_as_found(work, resume), closing(journal):
             job = Job(
                 source=model_label(model),
-                plan=replace(plan, recipe=pinned),
+                plan=plan,
                 journal=journal,
                 calibration=calibration,
                 held_out=held_out,
@@ -116,13 +112,7 @@ def compress(
         stop.close()
         target = _publish(job, report, output)
     emit({"event": "result", "status": report["status"], "output": str(target), "report": report})
-    if report["status"] == "gate_failed":
-        raise GateError(
-            f"{failed_gates(report['gates'])} did not hold",
-            where=target.name,
-            hint=f"Read the report in {target}, then change the recipe or the bounds of its gates.",
-            data={"gates": [gate["name"] for gate in report["gates"] if gate["passed"] is False]},
-        )
+    _check_status(report, target)
     return report
 
 
@@ -139,19 +129,17 @@ def _carry_out(job: Job, stop: Stop) -> Report:
         _write(job, outcome)
     with job.stage("verify"):
         checked = _verify(job)
-    measured = Measured()
-    if checked.problems:
-        why = "the artifact failed its verification"
-        metrics = unmeasured(job.recipe.eval.metrics, why) if job.held_out else {}
-        measured = Measured(metrics, saturation=uncounted(why))
-    elif job.held_out is not None:
-        with job.stage("evaluate"):
-            measured = _evaluate(job, job.held_out)
-    report = _report(job, outcome, checked, measured)
+    report = _report(job, outcome, checked, _measure(job, checked))
     write_reports(report, job.built, job.recipe.report)
     if job.recipe.export.card and not checked.problems:
-        write_card(report, outcome.plan.structure.checkpoint, job.built)
+        write_card(report, outcome.structure.checkpoint, job.built)
     _seal(job, outcome)
+    _check_built(job, checked)
+    return report
+
+
+def _check_built(job: Job, checked: Findings) -> None:
+    """raises ArtifactError for an artifact that failed its verification, or whose files have changed since"""
     where = f"{job.journal.work.name}/artifact"
     if checked.problems:
         raise ArtifactError(
@@ -167,7 +155,17 @@ def _carry_out(job: Job, stop: Stop) -> Report:
             hint="Check the disk, then run the command again with --fresh.",
             data={"problems": list(problems)},
         )
-    return report
+
+
+def _check_status(report: Report, target: Path) -> None:
+    """raises GateError if a gate did not hold"""
+    if report["status"] == "gate_failed":
+        raise GateError(
+            f"{failed_gates(report['gates'])} did not hold",
+            where=target.name,
+            hint=f"Read the report in {target}, then change the recipe or the bounds of its gates.",
+            data={"gates": [gate["name"] for gate in report["gates"] if gate["passed"] is False]},
+        )
 
 
 def _plan(recipe: Recipe, model: str, output: Path, trust_remote_code: bool, emit: Emit) -> Plan:
@@ -196,44 +194,24 @@ def _left(stages: list[PredictedStage], journal: Journal) -> list[PredictedStage
     ]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result of the sweeps of a run.
-
-    plan   with the decisions of the passes, as the sweeps have written it
-    files  files of the last sweep, one per part of the model
-    formats  weight name -> name of its quantization format
-    """
-
-    plan: DecidedPlan
-    files: list[Path]
-    formats: dict[str, StoredWeight]
-
-    @property
-    def export_format(self) -> ExportFormat:
-        assert self.plan.export_format is not None  # a plan without an export format has problems and ends there
-        return self.plan.export_format
-
-
 def _sweep(job: Job, stop: Stop) -> Outcome:
     """Run the sweeps. The probe stays in `scratch`."""
     with job.clock.time("sweep"):
         sweeper = Sweeper(job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.is_asked)
-        files, formats = run_sweeps(sweeper)
-    plan = as_built(sweeper.plan, sweeper.structure)
+        outcome = run_sweeps(sweeper)
     job.scratch.mkdir()
     assert sweeper.probe is not None
-    save_probe(job.scratch / "probe.safetensors", plan.structure, sweeper.probe, job.place)
-    return Outcome(plan, files, {name: formats[name] for name in sorted(formats)})
+    save_probe(job.scratch / "probe.safetensors", outcome.structure, sweeper.probe, job.place)
+    return outcome
 
 
 def _write(job: Job, outcome: Outcome) -> None:
     """Write the artifact and its manifest into a directory of its own, so that verification checks the hashes too."""
     write_artifact(
         job.built,
-        outcome.plan.structure,
+        outcome.structure,
         outcome.files,
-        list(outcome.formats.values()),
+        list(outcome.stored.values()),
         outcome.export_format,
         job.recipe.export.shard_bytes,
         outcome.plan.untied,
@@ -243,7 +221,6 @@ def _write(job: Job, outcome: Outcome) -> None:
 
 
 def _seal(job: Job, outcome: Outcome) -> None:
-    structure = outcome.plan.structure
     errors: dict[str, float | None] = {}
     written: dict[str, float] = {}
     for facts in map(LineFacts.of, job.journal.lines.values()):
@@ -251,7 +228,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
         written.update(facts.written)
     stored = {
         stored_weight.weight.parameter
-        for stored_weight in outcome.formats.values()
+        for stored_weight in outcome.stored.values()
         if stored_weight.weight.expert is None
     }
     rewritten = {name: error for name, error in sorted(written.items()) if name not in stored}
@@ -267,17 +244,17 @@ def _seal(job: Job, outcome: Outcome) -> None:
             for step in job.recipe.steps
             if not isinstance(step.settings, WeightPass)
         ],
-        "relative_errors": {name: errors.get(name) for name in outcome.formats},
+        "relative_errors": {name: errors.get(name) for name in outcome.stored},
     }
     if rewritten:
         source["rewritten"] = rewritten
     seal(
         job.built,
-        architecture=structure.architecture,
+        architecture=outcome.structure.architecture,
         export_format=outcome.export_format,
-        formats=list(outcome.formats.values()),
+        formats=list(outcome.stored.values()),
         source=source,
-        carried=carried(structure),
+        carried=carried(outcome.structure),
     )
 
 
@@ -296,6 +273,18 @@ def _verify(job: Job) -> Findings:
         return Findings(problems=[error.what])
 
 
+def _measure(job: Job, checked: Findings) -> Measured:
+    """What the evaluation measured; nothing if there is none, or if the artifact failed its verification."""
+    if checked.problems:
+        why = "the artifact failed its verification"
+        metrics = unmeasured(job.recipe.eval.metrics, why) if job.held_out else {}
+        return Measured(metrics, saturation=uncounted(why))
+    if job.held_out is None:
+        return Measured()
+    with job.stage("evaluate"):
+        return _evaluate(job, job.held_out)
+
+
 def _evaluate(job: Job, held_out: Samples) -> Measured:
     return evaluate(
         job.plan.source.checkpoint.directory,
@@ -312,12 +301,12 @@ def _evaluate(job: Job, held_out: Samples) -> Measured:
 
 
 def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -> Report:
-    plan = outcome.plan
-    sizes = weight_sizes(plan.source.checkpoint, job.built, outcome.formats, plan)
+    sizes = weight_sizes(job.built, outcome)
     evaluation = job.recipe.eval
     return build_report(
         source=job.source,
-        plan=plan,
+        recipe=job.recipe,
+        outcome=outcome,
         fingerprint=job.fingerprint,
         facts=[LineFacts.of(line) for line in job.journal.lines.values()],
         sizes=sizes,
@@ -332,7 +321,7 @@ def _report(job: Job, outcome: Outcome, checked: Findings, measured: Measured) -
             "seconds_by_stage": job.clock.seconds,
             "peak_rss_bytes": max(job.clock.peak_rss_bytes.values()),
             "peak_rss_bytes_by_stage": job.clock.peak_rss_bytes,
-            "predicted_peak_bytes": plan.peak_memory_bytes,
+            "predicted_peak_bytes": outcome.plan.peak_memory_bytes,
             "resumed": [] if job.resumed is None else [{"from_part": job.resumed}],
             "speed": measured.speed,
             "quality": measured.quality,

@@ -111,11 +111,11 @@ def _swept(plan: Plan, work: Path) -> Swept:
     with closing(Journal.create(work, {})) as journal:
         place = torch.device("cpu")
         sweeper = Sweeper(plan, journal, calibration, place, plan.recipe.seed, lambda event: None, lambda: False)
-        files, _ = run_sweeps(sweeper)
+        outcome = run_sweeps(sweeper)
         lines = [LineFacts.of(line) for line in journal.lines.values()]
     stored = {record.weight.name: record.weight.format_name for line in lines for record in line.records}
     written = {name for line in lines for name in line.written}
-    return Swept(plan, files, stored, written, len(lines))
+    return Swept(plan, outcome.files, stored, written, len(lines))
 
 
 def weight_hashes(directory: Path) -> dict[str, str]:

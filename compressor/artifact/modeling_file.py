@@ -24,7 +24,7 @@ from importlib.util import resolve_name
 from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from compressor import __version__ as VERSION
+from compressor._version import __version__
 from compressor.errors import ArtifactError
 from compressor.layers import find_layer
 from compressor.model.class_changes import MODULES, SHAPES
@@ -186,7 +186,7 @@ def modeling_source(model: PreTrainedModel, formats: Iterable[str], *, experts: 
     body = [ERROR_CLASS.format(name=name) for name in sorted(parts.errors)] + parts.body
     found = (f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(parts.names.items()))
     return FILE.format(
-        version=VERSION,
+        version=__version__,
         base=base,
         reshaping=RESHAPING if is_reshaped(model.config) else "",
         experts=STORING_EXPERTS if experts else "",

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from compressor._version import __version__
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import ExportFormat
 from compressor.artifact.files import file_facts
 from compressor.artifact.manifest import FORMAT_VERSION, Manifest, Source
-from compressor.artifact.modeling_file import VERSION, modeling_source
+from compressor.artifact.modeling_file import modeling_source
 from compressor.layers import find_layer
 from compressor.model.stored_weight import StoredWeight, has_experts
 from compressor.model.structure import Structure
@@ -139,7 +140,7 @@ def seal(
     """Write the manifest over all files of the directory. This is the last step of writing an artifact."""
     manifest: Manifest = {
         "format_version": FORMAT_VERSION,
-        "tool": {"name": "compress-model", "version": VERSION},
+        "tool": {"name": "compress-model", "version": __version__},
         "architecture": architecture,
         "route": export_format.name,
         "reason": export_format.reason,

@@ -11,7 +11,7 @@ from typing import TypedDict
 import psutil
 import torch
 
-from compressor import __version__
+from compressor._version import __version__
 from compressor.evaluation.environment import PACKAGES, cpu_name, environment, package_version
 from compressor.evaluation.render import human_bytes
 from compressor.kernels.cpu import LEVELS, PARALLEL_FOR, RECORD, library

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +19,8 @@ from compressor.errors import CompressError, Notice, UsageError
 if TYPE_CHECKING:
     from compressor.artifact.findings import Findings
     from compressor.engine.events import PredictedStage, ResultEvent
-    from compressor.engine.plan_records import Plan, PlanRow, ReshapeRow
+    from compressor.engine.plan_records import PlanRow, ReshapeRow
+    from compressor.engine.request import PlannedRun
     from compressor.evaluation.sections import (
         AnyReport,
         ComparedRow,
@@ -62,14 +63,15 @@ def complain(error: CompressError, as_json: bool) -> None:
         err.print(f"error[{error.code_name}]: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
-def show_plan(plan: Plan, times: Sequence[PredictedStage] | None, verbose: bool) -> None:
-    """Print the weights, the changes of the model, the predicted sizes and times, the warnings and further problems.
+def show_plan(planned: PlannedRun, verbose: bool) -> None:
+    """Print the weights, the changes of the model, the predicted sizes and times, the warnings, and all problems but
+    the first.
 
-    times    None for a run that is over soon
     verbose  a row for each weight, not for each kind of weight
     """
     from compressor.evaluation.render import human_bytes
 
+    plan = planned.plan
     if plan.rows:
         _show_weights(plan.rows, verbose)
     for reshape in plan.reshapes:
@@ -82,12 +84,12 @@ def show_plan(plan: Plan, times: Sequence[PredictedStage] | None, verbose: bool)
         f"{human_bytes(plan.disk_bytes)}",
         highlight=False,
     )
-    if times is not None:
-        out.print(f"time on this machine: {_times_line(times)}", highlight=False)
-    elif not plan.problems:
+    if planned.stages is not None:
+        out.print(f"time on this machine: {_times_line(planned.stages)}", highlight=False)
+    elif not planned.problems:
         out.print("time on this machine: about a minute at most", highlight=False)
     warn(plan.warnings)
-    for problem in plan.problems[1:]:
+    for problem in planned.problems[1:]:
         complain(problem, False)
 
 
@@ -182,11 +184,21 @@ def show_lines(lines: list[tuple[str, str]]) -> None:
 
 
 def show_facts(found: Mapping[str, object]) -> None:
+    """A row for each fact; a fact inside a dictionary is named with the keys that lead to it."""
     table = Table("", "")
-    for key, value in found.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        table.add_row(key, ", ".join(map(str, shown)) if isinstance(shown, list) else str(shown))
+    for name, value in _facts(found):
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+        table.add_row(escape(name), escape(shown))
     out.print(table)
+
+
+def _facts(found: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in found.items():
+        name = f"{path}: {key}" if path else key
+        if isinstance(value, dict):
+            yield from _facts(value, name)
+        else:
+            yield name, value
 
 
 def show_run(result: ResultEvent) -> None:

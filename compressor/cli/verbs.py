@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from compressor import __version__
+from compressor._version import __version__
 from compressor.cli.options import (
     DeviceOpt,
     DirArg,
@@ -49,7 +48,7 @@ from compressor.cli.render import (
     write_text,
 )
 from compressor.engine.events import Event, ResultEvent
-from compressor.errors import ArtifactError, CompressError, GateError, Interrupted, Notice, UsageError
+from compressor.errors import ArtifactError, GateError, Interrupted, Notice, UsageError
 
 
 class Raised(Exception):
@@ -178,44 +177,34 @@ def plan(
 
     Writes nothing.
     """
-    from compressor.engine.plan import make_plan
-    from compressor.engine.request import check_request, find_device, named_output
-    from compressor.engine.run_samples import data_problems
-    from compressor.engine.stage_times import check_time, predict_stages
+    from compressor.engine.request import plan_run
     from compressor.recipe.recipe import read_recipe
 
-    parsed = read_recipe(recipe, set_ or [])
-    found = make_plan(parsed, model, output=output, trust_remote_code=trust_remote_code)
-    problems = [
-        *found.problems,
-        *data_problems(found.recipe, found.source, measure=not no_eval, trust_remote_code=trust_remote_code),
-    ]
-    try:
-        find_device(device)
-        if output is not None:
-            check_request(parsed, named_output(output), resume=resume, fresh=fresh, measure=not no_eval)
-    except CompressError as error:
-        problems.append(error)
-    times = None if problems else predict_stages(found, not no_eval, find_device(device))
-    try:
-        check_time(times, long)
-    except CompressError as error:
-        problems.append(error)
-    found = replace(found, problems=tuple(problems))
+    planned = plan_run(
+        read_recipe(recipe, set_ or []),
+        model,
+        output,
+        device=device,
+        resume=resume,
+        fresh=fresh,
+        measure=not no_eval,
+        long=long,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
-        json_line({"event": "result", **found.to_json(), "predicted_stages": times})
+        json_line({"event": "result", **planned.to_json()})
     elif format_ is Format.json:
-        print_json({**found.to_json(), "predicted_stages": times})
+        print_json(planned.to_json())
     else:
-        show_plan(found, times, verbose)
-    if found.problems:
-        raise found.problems[0]
-    if strict and found.warnings:
+        show_plan(planned, verbose)
+    if planned.problems:
+        raise planned.problems[0]
+    if strict and planned.plan.warnings:
         raise UsageError(
-            f"{len(found.warnings)} warnings and --strict",
+            f"{len(planned.plan.warnings)} warnings and --strict",
             where="plan",
             hint="Change the recipe as the warnings above say, or leave --strict out.",
-            data={"reason": "warnings", "warnings": len(found.warnings)},
+            data={"reason": "warnings", "warnings": len(planned.plan.warnings)},
         )
 
 

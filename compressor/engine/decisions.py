@@ -18,6 +18,7 @@ from compressor.engine.calibration_batch import (
 from compressor.engine.choice_view import ModelView, WholeModelView
 from compressor.engine.events import warning_event
 from compressor.engine.line_facts import DecisionFacts
+from compressor.engine.plan_records import Plan, Reshape
 from compressor.engine.sweeper import Sweeper
 from compressor.engine.walk import Part, Written, walk
 from compressor.errors import Notice, PassError
@@ -26,14 +27,16 @@ from compressor.protocol import RewritePass, TokenPass, WeightPass
 from compressor.recipe.recipe import Step
 
 
-def decide(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> list[Decision | None]:
+def decide(
+    sweeper: Sweeper, plan: Plan, number: int, steps: tuple[Step, ...], before: Written
+) -> list[Decision | None]:
     """The choice of each step of a sweep that stores weights."""
     decisions: list[Decision | None] = []
     for position, step in enumerate(steps):
         if not step.settings.decides:
             decisions.append(None)
             continue
-        view = _whole_model(sweeper, number, position, step, before)
+        view = _whole_model(sweeper, plan, number, position, step, before)
 
         def made(_warnings: list[Notice], step: Step = step, view: WholeModelView = view) -> Decision | None:
             assert isinstance(step.settings, WeightPass)
@@ -43,7 +46,9 @@ def decide(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Writt
     return decisions
 
 
-def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, before: Written) -> WholeModelView:
+def _whole_model(
+    sweeper: Sweeper, plan: Plan, number: int, position: int, step: Step, before: Written
+) -> WholeModelView:
     """The model as earlier sweeps left it, for a step that decides before its sweep."""
     structure = sweeper.structure
     hold = sweeper.holder(partial(before.source, structure), stopped="stopped while deciding")
@@ -52,27 +57,27 @@ def _whole_model(sweeper: Sweeper, number: int, position: int, step: Step, befor
         return walk(structure, sweeper.batches((step,)), hold)
 
     def view(part: Part) -> BlockView:
-        return sweeper.view(number, step, part, sweeper.seed_of(number, position, part.number, -1))
+        return sweeper.view(plan, number, step, part, sweeper.seed_of(number, position, part.number, -1))
 
     return WholeModelView(begin, view)
 
 
-def choose(sweeper: Sweeper, number: int, step: Step, before: Written) -> Decision:
-    """The choice of a step that redefines the model."""
-    reshape, structure = sweeper.plan.reshape_of(step), sweeper.structure
+def choose(sweeper: Sweeper, planned: Reshape, number: int, step: Step, before: Written) -> Decision:
+    """The choice of a step that redefines the model, which is planned until then as if it chose nothing."""
+    structure = sweeper.structure
 
     def made(warnings: list[Notice]) -> Decision:
         assert isinstance(step.settings, RewritePass | TokenPass)
         view = ModelView(
             number,
-            reshape.facts,
+            planned.facts,
             structure,
             calibration_batches(structure, sweeper.device, sweeper.samples, (step,), sweeper.spill),
             batch_labels(sweeper.samples, sweeper.device, step),
             sweeper.device,
             lambda part: torch.Generator().manual_seed(sweeper.seed_of(number, 0, part, -1)),
             sweeper.journal,
-            sweeper.plan.recipe.model.placement == "resident",
+            sweeper.recipe.model.placement == "resident",
             sweeper.is_interrupted,
             warnings,
             partial(before.source, structure),

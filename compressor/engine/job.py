@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 import transformers
 
-from compressor.artifact.modeling_file import VERSION
+from compressor._version import __version__
 from compressor.data.samples import Samples
 from compressor.engine.events import Emit, StageName
 from compressor.engine.plan_records import Plan
@@ -61,7 +61,7 @@ class Clock:
 class Job:
     """What the stages of one run share.
 
-    plan     the plan before any pass has chosen; its recipe is the pinned one that is written and reported
+    plan     the plan before any pass has chosen
     source   name of the model
     resumed  number of parts that an earlier, interrupted run committed; None if there was none
     """
@@ -80,7 +80,9 @@ class Job:
 
     @property
     def recipe(self) -> Recipe:
-        return self.plan.recipe
+        """The recipe of the plan with the hashes of the data that were read, as it is written and reported."""
+        read = (self.calibration, self.held_out)
+        return self.plan.recipe.pinned(*(samples.sha256 if samples else None for samples in read))
 
     @property
     def built(self) -> Path:
@@ -103,7 +105,7 @@ def fingerprint(plan: Plan, calibration: Samples | None, device: torch.device) -
         "recipe": plan.recipe.pinned(None, None).sha256,
         "model": plan.source.checkpoint.content_sha256,
         "data": calibration.digest if calibration else None,
-        "compress_model": VERSION,
+        "compress_model": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": device.type,

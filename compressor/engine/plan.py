@@ -6,11 +6,10 @@ after hours of work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 from compressor.analysis.input_producers import Producers, find_producers, producers_of
 from compressor.artifact.artifact_config import artifact_config
@@ -27,6 +26,7 @@ from compressor.engine.plan_records import (
     Reshape,
     Selected,
     Sizes,
+    StepPath,
     UnusedRow,
     sharer,
 )
@@ -38,6 +38,7 @@ from compressor.errors import Because, CompressError, ModelError, PreflightError
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
 from compressor.model.facts import Decision
+from compressor.model.functions import Functions
 from compressor.model.redefined_structure import check_redefinition, values_misfit
 from compressor.model.replay_proof import prove_by_replay
 from compressor.model.reshaped_class import stock_class
@@ -49,8 +50,6 @@ from compressor.model.unused_tensors import WHY_UNUSED
 from compressor.protocol import Fact, RewritePass, TokenPass
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.yaml_source import dotted
-
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 def make_plan(
@@ -71,7 +70,7 @@ def make_plan(
     _warn_of_unused_code(source, findings)
     _warn_of_quantized_source(source, findings)
     reshapes = follow_reshapes(recipe, source, (), findings)
-    plan = _with_storing_steps(Plan, recipe, source, reshapes, findings, tries_loaders=prove)
+    plan = _with_storing_steps(recipe, source, reshapes, {}, findings, tries_loaders=prove)
     check_limits(plan.sizes, recipe.limits, output, findings)
     for name, asked in replaced_implementations(source.checkpoint.config).items():
         message = f"{name} {asked} is not used during compression; the model runs with torch's own operations"
@@ -80,7 +79,7 @@ def make_plan(
 
 
 def decided_plan(plan: Plan, step: Step, decision: Decision) -> DecidedPlan:
-    """The plan after a reshaping step has chosen its shapes.
+    """The plan for the sweeps after a reshaping step has chosen its shapes.
 
     raises PreflightError for shapes that the model can't have
     """
@@ -91,35 +90,28 @@ def decided_plan(plan: Plan, step: Step, decision: Decision) -> DecidedPlan:
     known = (*plan.reshapes[: plan.reshapes.index(planned)], replace(planned, redefinition=redefinition, after=after))
     findings = Findings()
     reshapes = follow_reshapes(plan.recipe, plan.source, known, findings)
+    earlier = plan.decisions if isinstance(plan, DecidedPlan) else {}
+    decisions = {**earlier, step.path: decision}
     decided = _with_storing_steps(
-        DecidedPlan, plan.recipe, plan.source, reshapes, findings, tries_loaders=plan.tries_loaders
+        plan.recipe, plan.source, reshapes, decisions, findings, tries_loaders=plan.tries_loaders
     )
     if decided.problems:
         raise decided.problems[0]
-    return decided
-
-
-def as_built(plan: Plan, structure: Structure) -> DecidedPlan:
-    """The plan after the sweeps: its structure is the one that was written, not the planned one."""
-    held = {entry.name: getattr(plan, entry.name) for entry in fields(Plan)}
-    return DecidedPlan(**{**held, "structure": structure})
+    return DecidedPlan(**{entry.name: getattr(decided, entry.name) for entry in fields(Plan)}, decisions=decisions)
 
 
 def _with_storing_steps(
-    kind: type[AnyPlan],
     recipe: Recipe,
     source: Structure,
     reshapes: tuple[Reshape, ...],
+    decisions: Mapping[StepPath, Decision],
     findings: Findings,
     *,
     tries_loaders: bool,
-) -> AnyPlan:
+) -> Plan:
     """The plan of the steps that store weights, on the model after all reshaping steps."""
     structure = reshapes[-1].after if reshapes else source
-    functions = named_functions(recipe, structure, findings)
-    selected = select_weights(recipe, structure, functions, findings)
-    _check_facts(recipe, findings)
-    selected = without_odd_widths(recipe, selected, findings)
+    functions, selected = _selection(recipe, structure, findings)
     formats = follow_formats(recipe, structure, selected, findings)
     producers = _find_producers(recipe, structure, selected, findings)
     _check_shared_tables(structure, formats.formats, findings)
@@ -129,17 +121,11 @@ def _with_storing_steps(
     if export_format is not None:
         _check_config(structure, export_format, list(formats.formats.values()), untied, findings)
         sizes = predict_sizes(recipe, structure, reshapes, selected, functions, formats, export_format, untied)
-        if sizes.maps_experts:
-            largest = max(mappable_experts(structure).parts)
-            message = (
-                f"the experts of a block ({largest:,} bytes) don't fit into memory, so they lie in a mapped file in "
-                "the work directory. The artifact is the same, the run takes longer"
-            )
-            findings.warn("experts-mapped", structure.architecture, message, bytes=largest)
-    _warn_of_undecided_sizes(recipe, reshapes, findings)
+        _warn_of_mapped_experts(structure, sizes, findings)
+    _warn_of_undecided_sizes(recipe, decisions, findings)
     _warn_of_divided_data(recipe, findings)
     unused = _unused_tensors(source, structure, reshapes, findings)
-    return kind(
+    return Plan(
         recipe=recipe,
         source=source,
         structure=structure,
@@ -159,6 +145,14 @@ def _with_storing_steps(
         warnings=tuple(findings.warnings),
         tries_loaders=tries_loaders,
     )
+
+
+def _selection(recipe: Recipe, structure: Structure, findings: Findings) -> tuple[Functions, Selected]:
+    """The functions of the model, if a step selects any, and the weights and functions that each step changes."""
+    functions = named_functions(recipe, structure, findings)
+    selected = select_weights(recipe, structure, functions, findings)
+    _check_facts(recipe, findings)
+    return functions, without_odd_widths(recipe, selected, findings)
 
 
 def _check_class(source: Structure) -> None:
@@ -339,11 +333,20 @@ def _tried_export_format(
     return export_format
 
 
-def _warn_of_undecided_sizes(recipe: Recipe, reshapes: Sequence[Reshape], findings: Findings) -> None:
+def _warn_of_mapped_experts(structure: Structure, sizes: Sizes, findings: Findings) -> None:
+    if sizes.maps_experts:
+        largest = max(mappable_experts(structure).parts)
+        message = (
+            f"the experts of a block ({largest:,} bytes) don't fit into memory, so they lie in a mapped file in "
+            "the work directory. The artifact is the same, the run takes longer"
+        )
+        findings.warn("experts-mapped", structure.architecture, message, bytes=largest)
+
+
+def _warn_of_undecided_sizes(recipe: Recipe, decisions: Container[StepPath], findings: Findings) -> None:
     """Warn if the run decides sizes, so that the sizes of the plan are bounds."""
     for step in recipe.steps:
-        is_decided = any(reshape.step == step and reshape.redefinition.decision is not None for reshape in reshapes)
-        if step.settings.unplanned and not is_decided:
+        if step.settings.unplanned and step.path not in decisions:
             sizes = step.settings.sizes_are
             message = f"{step.name}: {step.settings.unplanned}; its sizes here are {sizes}"
             findings.warn("sizes-undecided", dotted(step.path), message, **{"pass": step.name}, sizes=sizes)

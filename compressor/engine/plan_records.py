@@ -1,6 +1,7 @@
 """Records of a plan: as it is made from a recipe and a model, and as the choices of a run have decided it.
 
-All of them are frozen. A choice that a pass makes in the run gives a plan of another type, `DecidedPlan`.
+All of them are frozen: a plan doesn't change once it is made. When a pass has chosen shapes in the run, a second plan
+of its own type, `DecidedPlan`, is made for the sweeps that follow.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ class Plan:
     source         the model as it was given
     structure      the model for the steps that store weights: the source, or the model after `reshapes`
     selected       step path -> the weights that the step changes
-    formats        weight name -> the format it will have (only weights whose format changes)
+    formats        weight name -> the format that its steps promise (only weights whose format changes)
     counted_dense  those of them that may stay dense (`WeightPass.alternatives`) and would then be larger
     functions      activations, norms and softmax, if any step selects them
     unused         tensors of the source that fill no parameter of the model: name, bytes, reason, whether copied
@@ -287,10 +288,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class DecidedPlan(Plan):
-    """A plan with the choices of a run: the shapes that passes chose, and everything that follows from them.
+    """A plan made in the run, for the sweeps after a pass has chosen the shapes of the model.
 
-    structure  before the sweeps: as it follows from the choices; after them (`engine.plan.as_built`): as it was written
+    The model, the selected weights and the export format follow from these shapes. What a pass chooses for single
+    weights while they are stored (`WeightPass.alternatives`) is in no plan: forms, rows and sizes have the format that
+    the pass promises, as in the plan before the run. What was stored is in `engine.sweep.Outcome`.
+
+    decisions  step path -> what the step chose
     """
+
+    decisions: Mapping[StepPath, Decision]
 
 
 def export_format_row(export_format: ExportFormat) -> ExportFormatRow:

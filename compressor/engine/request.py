@@ -1,4 +1,5 @@
-"""Checks a request before a model is read: the output directory, the device, the options.
+"""Checks a request: the output directory, the device and the options before a model is read, and the whole of it for
+`compress-model plan`.
 
 A refused request leaves the file system as it was.
 """
@@ -8,11 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from compressor.artifact.files import owned_files
+from compressor.engine.events import PredictedStage
+from compressor.engine.plan import make_plan
+from compressor.engine.plan_records import Plan, PlanJson
+from compressor.engine.run_samples import data_problems
+from compressor.engine.stage_times import predict_stages, too_long
 from compressor.errors import CompressError, PreflightError, UsageError
 from compressor.process.utf8 import check_utf8
 from compressor.recipe.recipe import Recipe
@@ -130,7 +137,7 @@ def check_request(recipe: Recipe, output: Path, *, resume: bool, fresh: bool, me
 
 def check_summary(settings: ReportSettings) -> None:
     """raises UsageError, before any work, if the job summary can't be written"""
-    if (summary := _summary_file(settings)) is not None:
+    if (summary := summary_file(settings)) is not None:
         try:
             summary.open("a").close()
         except OSError as error:
@@ -142,9 +149,68 @@ def check_summary(settings: ReportSettings) -> None:
             ) from error
 
 
-def _summary_file(settings: ReportSettings) -> Path | None:
+def summary_file(settings: ReportSettings) -> Path | None:
+    """The file that $GITHUB_STEP_SUMMARY names; None if there is none, or the recipe asks for no summary."""
     named = os.environ.get("GITHUB_STEP_SUMMARY")
     return Path(named) if named and settings.github_summary == "auto" else None
+
+
+class PlannedRunRow(PlanJson):
+    """A `PlannedRun` as `plan --format json` prints it."""
+
+    predicted_stages: list[PredictedStage] | None
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a run would do, and everything that would stop it.
+
+    problems  of the plan, the data, the request and the predicted time; a run raises the first of them
+    stages    predicted time of each stage; None if there is a problem, or if the run is over soon
+    """
+
+    plan: Plan
+    problems: tuple[CompressError, ...]
+    stages: list[PredictedStage] | None
+
+    def to_json(self) -> PlannedRunRow:
+        problems = [problem.event() for problem in self.problems]
+        return {**self.plan.to_json(), "problems": problems, "predicted_stages": self.stages}
+
+
+def plan_run(
+    recipe: Recipe,
+    model: str,
+    output: Path | None,
+    *,
+    device: str,
+    resume: bool,
+    fresh: bool,
+    measure: bool,
+    long: bool,
+    trust_remote_code: bool,
+) -> PlannedRun:
+    """The plan of a run with this request, which is not begun. The arguments are those of `run.compress`.
+
+    output  None: not chosen yet, so neither it nor its disk is checked
+    raises  ModelError if the model can't be read; all other problems are in the result
+    """
+    plan = make_plan(recipe, model, output=output, trust_remote_code=trust_remote_code)
+    problems = [
+        *plan.problems,
+        *data_problems(plan.recipe, plan.source, measure=measure, trust_remote_code=trust_remote_code),
+    ]
+    place, stages = None, None
+    try:
+        place = find_device(device)
+        if output is not None:
+            check_request(recipe, named_output(output), resume=resume, fresh=fresh, measure=measure)
+    except CompressError as problem:
+        problems.append(problem)
+    if place is not None and not problems:
+        stages = predict_stages(plan, measure, place)
+        problems += too_long(stages, long)
+    return PlannedRun(plan, tuple(problems), stages)
 
 
 @contextmanager

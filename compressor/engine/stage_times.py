@@ -235,14 +235,23 @@ def predict_stages(plan: Plan, measure: bool, device: torch.device) -> list[Pred
 
 def check_time(stages: Sequence[PredictedStage] | None, long: bool) -> None:
     """raises PreflightError for a run of more than LONGEST_SECONDS, unless the user has asked for a long one"""
+    for problem in too_long(stages, long):
+        raise problem
+
+
+def too_long(stages: Sequence[PredictedStage] | None, long: bool) -> list[PreflightError]:
+    """The problem that `check_time` raises; none if the run may take as long as it does."""
     needed = sum(sum(stage["parts"]) for stage in stages or ())
-    if needed > LONGEST_SECONDS and not long:
-        assert stages is not None
-        slowest = max(stages, key=lambda stage: sum(stage["parts"]))
-        raise PreflightError(
+    if needed <= LONGEST_SECONDS or long:
+        return []
+    assert stages is not None
+    slowest = max(stages, key=lambda stage: sum(stage["parts"]))
+    return [
+        PreflightError(
             f"about {needed / 3600:,.0f} hours of work on this machine, {sum(slowest['parts']) / 3600:,.0f} of them in "
             f"{slowest['name']}",
             where="time",
             hint="Set a smaller data.samples, choose a faster pass or machine, or pass --long.",
             data={"reason": "long", "seconds": needed, "slowest": slowest["name"]},
         )
+    ]

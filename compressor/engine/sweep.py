@@ -8,6 +8,7 @@ through the stored blocks, so it is bit-identical to an uninterrupted run.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compressor.artifact.export_format import ExportFormat
 from compressor.engine.block_io import free_all
 from compressor.engine.calibration_batch import (
     calibration_batches,
@@ -22,7 +24,7 @@ from compressor.engine.calibration_batch import (
 )
 from compressor.engine.decisions import choose
 from compressor.engine.plan import decided_plan
-from compressor.engine.plan_records import Reshape
+from compressor.engine.plan_records import Plan, Reshape
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.engine.sweeper import Sweeper
 from compressor.engine.walk import Written, walk
@@ -36,8 +38,29 @@ from compressor.protocol import RewritePass, TokenPass, WeightPass
 from compressor.recipe.recipe import Step
 
 
-def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
-    """Run all sweeps of the recipe. Returns the part files of the last sweep and the formats in them.
+@dataclass(frozen=True)
+class Outcome:
+    """What the sweeps of a run have written.
+
+    plan       the plan that the last sweep followed
+    structure  the model as it was written
+    files      of the last sweep, one per part of the model
+    stored     weight name -> the weight in the format in which it was written
+    """
+
+    plan: Plan
+    structure: Structure
+    files: list[Path]
+    stored: dict[str, StoredWeight]
+
+    @property
+    def export_format(self) -> ExportFormat:
+        assert self.plan.export_format is not None  # a plan without an export format has problems, so there is no run
+        return self.plan.export_format
+
+
+def run_sweeps(sweeper: Sweeper) -> Outcome:
+    """Run all sweeps of the recipe.
 
     raises Interrupted between parts after a request to stop; PassError naming the part when a pass fails
     """
@@ -46,47 +69,50 @@ def run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
         return _run_sweeps(sweeper)
 
 
-def _run_sweeps(sweeper: Sweeper) -> tuple[list[Path], dict[str, StoredWeight]]:
+def _run_sweeps(sweeper: Sweeper) -> Outcome:
+    plan = sweeper.first_plan
     files: list[Path] = []
     stored = Written()  # written by the last sweep that stored weights
-    sweeps = sweeper.plan.recipe.sweeps
+    sweeps = sweeper.recipe.sweeps
     for number, steps in enumerate(sweeps):
         match steps[0].settings:
             case RewritePass():
                 return_large_blocks(REWRITING_BLOCK_BYTES)
-                files = _run_reshape(sweeper, number, steps[0])
+                plan = _begin_reshape(sweeper, plan, number, steps[0], Written())
+                files = _run_reshape(sweeper, plan.reshape_of(steps[0]), number)
                 return_large_blocks()
             case TokenPass():
-                _gate_tokens(sweeper, number, steps[0], stored)
+                plan = _begin_reshape(sweeper, plan, number, steps[0], stored)
+                _gate_tokens(sweeper, plan, steps[0], stored)
             case _:
-                _prepare(sweeper)
-                stored = run_weight_sweep(sweeper, number, steps, stored)
+                _prepare(sweeper, plan)
+                stored = run_weight_sweep(sweeper, plan, number, steps, stored)
                 files = stored.files
     if not files:  # no sweep has written a part
-        stored = run_weight_sweep(sweeper, len(sweeps), (), stored)
-        return stored.files, stored.formats
-    if not isinstance(sweeps[-1][0].settings, WeightPass):
+        stored = run_weight_sweep(sweeper, plan, len(sweeps), (), stored)
+        files = stored.files
+    elif not isinstance(sweeps[-1][0].settings, WeightPass):
         _run_probe(sweeper, stored)
-    return files, stored.formats
+    return Outcome(plan, sweeper.structure, files, dict(sorted(stored.formats.items())))
 
 
-def _prepare(sweeper: Sweeper) -> None:
+def _prepare(sweeper: Sweeper, plan: Plan) -> None:
     """Prepare the current model for the formats of the steps that store weights."""
-    for stored in sorted({stored.format_name for stored in sweeper.plan.formats.values()}):
+    for stored in sorted({stored.format_name for stored in plan.formats.values()}):
         find_layer(stored).prepare(sweeper.structure.model)
 
 
-def _begin_reshape(sweeper: Sweeper, number: int, step: Step, before: Written) -> Reshape:
-    """The change of the model by this step, after the step has made its choice if it has one."""
+def _begin_reshape(sweeper: Sweeper, plan: Plan, number: int, step: Step, before: Written) -> Plan:
+    """The plan that holds from this step on: another one if the step makes a choice."""
     sweeper.begin(number, (step,))
-    if step.settings.decides:
-        sweeper.plan = decided_plan(sweeper.plan, step, choose(sweeper, number, step, before))
-    return sweeper.plan.reshape_of(step)
+    if not step.settings.decides:
+        return plan
+    return decided_plan(plan, step, choose(sweeper, plan.reshape_of(step), number, step, before))
 
 
-def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
+def _run_reshape(sweeper: Sweeper, reshape: Reshape, number: int) -> list[Path]:
     """Let a step change the model itself. Later sweeps start from its result."""
-    structure, reshape = sweeper.structure, _begin_reshape(sweeper, number, step, Written())
+    structure, step = sweeper.structure, reshape.step
     work = Reshaper(
         number,
         structure,
@@ -105,12 +131,12 @@ def _run_reshape(sweeper: Sweeper, number: int, step: Step) -> list[Path]:
     return files
 
 
-def _gate_tokens(sweeper: Sweeper, number: int, step: Step, before: Written) -> None:
+def _gate_tokens(sweeper: Sweeper, plan: Plan, step: Step, before: Written) -> None:
     """Let a step add token gates to blocks. The weights stay as they are."""
-    reshape = _begin_reshape(sweeper, number, step, before)
-    sweeper.structure, sweeper.needs = with_token_gates(sweeper.structure, reshape.redefinition), {}
+    redefinition = plan.reshape_of(step).redefinition
+    sweeper.structure, sweeper.needs = with_token_gates(sweeper.structure, redefinition), {}
     if before.formats:
-        _prepare(sweeper)
+        _prepare(sweeper, plan)
 
 
 def _run_probe(sweeper: Sweeper, stored: Written) -> None:

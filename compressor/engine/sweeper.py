@@ -26,7 +26,7 @@ from compressor.engine.walk import Holder, Part
 from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.spill import SpillFolder
 from compressor.model.structure import Structure
-from compressor.recipe.recipe import Step
+from compressor.recipe.recipe import Recipe, Step
 from compressor.storage.journal import Journal
 
 
@@ -34,12 +34,15 @@ from compressor.storage.journal import Journal
 class Sweeper:
     """What all sweeps of a run share, and the current model.
 
+    The plan that a sweep follows is its argument, because a pass that chooses shapes makes the sweeps after it follow
+    another plan than `first_plan`, which was made before the run.
+
     probe   output of the stored model for the probe batch, after the last part has run
     spill   where the batches' hidden states lie; None: in memory, if the plan says that they fit
     mapped  makes the parameters of experts; None: in memory, if the plan says that they fit
     """
 
-    plan: Plan
+    first_plan: Plan
     journal: Journal
     samples: Samples | None
     device: torch.device
@@ -54,11 +57,15 @@ class Sweeper:
     mapped: MappedTensors | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.structure, self.progress = self.plan.source, Progress(self.emit)
+        self.structure, self.progress = self.first_plan.source, Progress(self.emit)
         parts = self.journal.work / "parts"
-        self.spill = SpillFolder(parts / "hidden") if self.plan.sizes.spills else None
-        is_mapped = self.plan.sizes.maps_experts and self.device.type == "cpu"
+        self.spill = SpillFolder(parts / "hidden") if self.first_plan.sizes.spills else None
+        is_mapped = self.first_plan.sizes.maps_experts and self.device.type == "cpu"
         self.mapped = MappedTensors(parts) if is_mapped else None
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.first_plan.recipe
 
     def begin(self, number: int, steps: tuple[Step, ...]) -> None:
         """Report the beginning of a sweep."""
@@ -76,20 +83,20 @@ class Sweeper:
     def seed_of(self, *place: int) -> int:
         return int.from_bytes(hashlib.sha256(repr((self.seed, *place)).encode()).digest()[:8], "little") >> 1
 
-    def view(self, sweep: int, step: Step, part: Part, seed: int) -> BlockView:
+    def view(self, plan: Plan, sweep: int, step: Step, part: Part, seed: int) -> BlockView:
         """The view of a loaded part for a step. It has all batches except the last, the probe batch."""
         return BlockView(
             part.structure,
             part.number,
-            frozenset(weight.name for weight in self.plan.selected[step.path]),
+            frozenset(weight.name for weight in plan.selected[step.path]),
             part.batches[:-1],
             part.batches[-1],
             self.device,
             torch.Generator().manual_seed(seed),
             self.needs,
             part.installed,
-            selected_functions=self.plan.functions_of(step, part.number),
-            rescalable=producers_of(self.plan.producers, part.structure, part.number),
+            selected_functions=plan.functions_of(step, part.number),
+            rescalable=producers_of(plan.producers, part.structure, part.number),
             tell=partial(self.progress, sweep, part.number),
             mapped=self.mapped,
         )

@@ -16,6 +16,7 @@ from compressor.engine.calibration_batch import (
 from compressor.engine.decisions import decide
 from compressor.engine.events import warning_event
 from compressor.engine.line_facts import LineFacts, StepRecord
+from compressor.engine.plan_records import Plan
 from compressor.engine.sweeper import Sweeper
 from compressor.engine.walk import Part, Written, part_event, part_formats, walk
 from compressor.errors import Notice, PassError
@@ -35,12 +36,14 @@ from compressor.storage.safetensors_file import write_file
 class StoringSweep:
     """A sweep whose steps store weights.
 
+    plan       the plan that it follows
     before     the model that the earlier sweeps wrote
     batches    calibration batches, and the probe batch as the last one
     decisions  the choice of each step over the whole model
     """
 
     sweeper: Sweeper
+    plan: Plan
     number: int
     steps: tuple[Step, ...]
     before: Written
@@ -68,13 +71,13 @@ class StoringSweep:
         return PartSource(self.sweeper.structure, self.sweeper.journal.path(line), dict(LineFacts.of(line).formats))
 
 
-def run_weight_sweep(sweeper: Sweeper, number: int, steps: tuple[Step, ...], before: Written) -> Written:
+def run_weight_sweep(sweeper: Sweeper, plan: Plan, number: int, steps: tuple[Step, ...], before: Written) -> Written:
     """Let the steps store weights, part by part. Returns the model that was written."""
     structure = sweeper.structure
     sweeper.begin(number, steps)
-    decisions = decide(sweeper, number, steps, before)
-    sweep = StoringSweep(sweeper, number, steps, before, sweeper.batches(steps), decisions)
-    stays = sweeper.plan.recipe.model.placement == "resident"
+    decisions = decide(sweeper, plan, number, steps, before)
+    sweep = StoringSweep(sweeper, plan, number, steps, before, sweeper.batches(steps), decisions)
+    stays = sweeper.recipe.model.placement == "resident"
     hold = sweeper.holder(sweep.source, keeps_blocks=stays, keeps_embeddings=stays)
     after = Written()
 
@@ -181,7 +184,8 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
     """Let each step of the sweep change the loaded part."""
     sweeper, changes = sweep.sweeper, Changes()
     for position, (step, decision) in enumerate(zip(sweep.steps, sweep.decisions, strict=True)):
-        view = sweeper.view(sweep.number, step, part, sweeper.seed_of(sweep.number, position, part.number))
+        seed = sweeper.seed_of(sweep.number, position, part.number)
+        view = sweeper.view(sweep.plan, sweep.number, step, part, seed)
         view.decision = decision
         settings = step.settings
         assert isinstance(settings, WeightPass)
@@ -202,7 +206,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
                 hint="Report this to the authors of the pass; until then leave the weight out with `except`.",
                 data={"reason": "left-out", "pass": step.name, "weights": len(left)},
             )
-        step_number = sweeper.plan.recipe.steps.index(step)
+        step_number = sweeper.recipe.steps.index(step)
         changes.records += [StepRecord(step_number, step.name, record) for record in view.records]
         changes.warnings += view.warnings
         changes.put.update(view.put_layers)

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
+from compressor._version import __version__
 from compressor.artifact.manifest import model_class, read_manifest
-from compressor.artifact.modeling_file import VERSION
 from compressor.artifact.speed_runs import SPEED_TOKENS
 from compressor.artifact.stock_formats import check_loader
 from compressor.data.samples import Samples
+from compressor.engine.job import Clock
 from compressor.engine.request import check_summary
 from compressor.engine.run_samples import check_length, read_evaluation_data
 from compressor.errors import KernelError, ModelError, Notice, UsageError, WarningRow, values_of
@@ -30,7 +31,7 @@ from compressor.evaluation.report import (
     validate_report,
     write_reports,
 )
-from compressor.evaluation.sections import EvaluationReport, EvaluationRun, KernelRow, Sizes, Subject
+from compressor.evaluation.sections import EvaluationReport, KernelRow, Sizes, Subject
 from compressor.kernels.prepared.dispatch import FALLBACKS
 from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
 from compressor.model.model_class import class_of, config_of
@@ -40,6 +41,7 @@ from compressor.model.token_limit import Limit, token_limit
 from compressor.process.child import started_early
 from compressor.recipe.gates import check_gates, compares_models, read_gates
 from compressor.recipe.recipe import Option, Recipe, parse_recipe, read_recipe
+from compressor.recipe.schema import ReportSettings
 from compressor.storage.file_names import MANIFEST
 
 EVALUATION_VERSION = 1
@@ -69,7 +71,7 @@ def measure_model(
     strict_kernels  it is an error if a layer of the artifact falls back to torch or the reference kernels
     raises   UsageError for a gate that compares two models without a baseline, KernelError with strict_kernels
     """
-    began, started = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    clock = Clock()
     asked = _settings(recipe, data, metrics, read_gates(gates or [], "--gate"), overrides or [])
     _check_baseline(asked, baseline)
     check_summary(asked.report)
@@ -79,34 +81,40 @@ def measure_model(
         asked = asked.fit_lengths(limit)
         samples = _samples(asked, subjects.directory, limit, trust_remote_code)
         torch.set_num_threads(threads or torch.get_num_threads())
-        with tempfile.TemporaryDirectory() as scratch:
-            found = evaluate(
-                subjects.before.directory if subjects.before else None,
-                subjects.directory,
-                samples,
-                asked.eval,
-                Path(scratch),
-                threads=torch.get_num_threads(),
-                seed=asked.seed,
-                most_tokens=limit(SPEED_TOKENS),
-                memory=asked.limits.memory,
-                trust_remote_code=trust_remote_code,
-            )
+        found = _measured(asked, subjects, samples, limit(SPEED_TOKENS), trust_remote_code)
         if strict_kernels:
             check_kernels(found.kernels)
-        run: EvaluationRun = {
-            "started": started,
-            "seconds": time.perf_counter() - began,
-            "speed": found.speed,
-            "quality": found.quality,
-        }
-        report = _evaluation_report(asked, subjects, samples, found, run)
-        validate_report(report)
-        if output is not None:
-            write_reports(report, output, asked.report)
-        else:
-            append_summary(report, asked.report)
+        report = _evaluation_report(asked, subjects, samples, found, clock)
+        _publish(report, output, asked.report)
     return report
+
+
+def _measured(
+    asked: Recipe, subjects: Subjects, samples: Samples, most_tokens: int | None, trust_remote_code: bool
+) -> Measured:
+    """Measure the model, and the baseline if there is one. Nothing of it stays on the disk."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return evaluate(
+            subjects.before.directory if subjects.before else None,
+            subjects.directory,
+            samples,
+            asked.eval,
+            Path(scratch),
+            threads=torch.get_num_threads(),
+            seed=asked.seed,
+            most_tokens=most_tokens,
+            memory=asked.limits.memory,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def _publish(report: EvaluationReport, output: Path | None, settings: ReportSettings) -> None:
+    """Check the report against its schema, and write it to the output directory and the job summary, if there are."""
+    validate_report(report)
+    if output is not None:
+        write_reports(report, output, settings)
+    else:
+        append_summary(report, settings)
 
 
 @dataclass(frozen=True)
@@ -159,14 +167,14 @@ def _check_baseline(asked: Recipe, baseline: str | None) -> None:
 
 
 def _evaluation_report(
-    asked: Recipe, subjects: Subjects, samples: Samples, found: Measured, run: EvaluationRun
+    asked: Recipe, subjects: Subjects, samples: Samples, found: Measured, clock: Clock
 ) -> EvaluationReport:
     sizes = _sizes(subjects.before, subjects.after)
     gates = check_gates(asked.eval.gates, found.metrics, found.speed, sizes, asked.eval.confidence)
     baseline = _subject(subjects.baseline, subjects.before) if subjects.baseline and subjects.before else None
     report: EvaluationReport = {
         "evaluation_version": EVALUATION_VERSION,
-        "tool": {"name": "compress-model", "version": VERSION},
+        "tool": {"name": "compress-model", "version": __version__},
         "status": "ok" if all(gate["passed"] for gate in gates) else "gate_failed",
         "name": asked.name,
         "settings": asked.pinned(None, samples.sha256).resolved()["eval"],
@@ -179,7 +187,12 @@ def _evaluation_report(
         "saturation": found.saturation,
         "gates": gates,
         "warnings": [*_baseline_warnings(subjects.before), *unmeasured_warnings(found.metrics)],
-        "run": run,
+        "run": {
+            "started": clock.started,
+            "seconds": time.perf_counter() - clock.began,
+            "speed": found.speed,
+            "quality": found.quality,
+        },
         "environment": environment(torch.device("cpu")),
     }
     if found.kernels is not None:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 
+from compressor._version import __version__
 from compressor.artifact.findings import Findings
-from compressor.artifact.modeling_file import VERSION
 from compressor.artifact.stock_formats import FAMILIES
 from compressor.engine.line_facts import LineFacts, StepRecord
-from compressor.engine.plan_records import DecidedPlan, Plan, export_format_row
-from compressor.engine.request import _summary_file
+from compressor.engine.plan_records import Plan, export_format_row
+from compressor.engine.request import summary_file
 from compressor.errors import Notice, WarningRow
 from compressor.evaluation.render import fill_template, is_evaluation, render_html, render_junit, render_markdown
 from compressor.evaluation.sections import (
@@ -44,6 +44,7 @@ from compressor.recipe.schema import ReportSettings, bare_source
 if TYPE_CHECKING:
     from compressor.data.samples import Samples
     from compressor.engine.job import Fingerprint
+    from compressor.engine.sweep import Outcome
     from compressor.evaluation.evaluate import Measured
     from compressor.model.structure import Structure
     from compressor.recipe.recipe import Recipe
@@ -56,7 +57,8 @@ Tree = TypeVar("Tree")
 def build_report(
     *,
     source: str,
-    plan: DecidedPlan,
+    recipe: Recipe,
+    outcome: Outcome,
     fingerprint: Fingerprint,
     facts: Sequence[LineFacts],
     sizes: RunSizes,
@@ -71,20 +73,19 @@ def build_report(
     """The whole report as JSON values: sorted keys, non-finite numbers as null.
 
     source  name of the model
-    plan    with the pinned recipe
+    recipe  with the hashes of the data
     facts   of the journal's lines
     """
-    recipe = plan.recipe
+    plan = outcome.plan
     records = [record for line in facts for record in line.records]
-    assert plan.export_format is not None  # a plan without an export format has problems, so there is no run
     notices = [*plan.warnings, *(notice for line in facts for notice in line.warnings)]
     report: Report = {
         "report_version": REPORT_VERSION,
-        "tool": {"name": "compress-model", "version": VERSION},
+        "tool": {"name": "compress-model", "version": __version__},
         "status": _status(verification, gates),
         "recipe": {"name": recipe.name, "sha256": recipe.sha256, "resolved": recipe.resolved()},
-        "model": _model_facts(source, fingerprint["model"], sizes["parameters"], plan.structure),
-        "route": export_format_row(plan.export_format),
+        "model": _model_facts(source, fingerprint["model"], sizes["parameters"], outcome.structure),
+        "route": export_format_row(outcome.export_format),
         "seeds": _seeds(recipe),
         "data": {
             "calibration": None if calibration is None else data_facts(calibration),
@@ -236,7 +237,7 @@ def write_reports(report: AnyReport, directory: Path, settings: ReportSettings) 
 
 def append_summary(report: AnyReport, settings: ReportSettings) -> None:
     """Append the Markdown report to the file that $GITHUB_STEP_SUMMARY names, if it names one."""
-    if (summary := _summary_file(settings)) is not None:
+    if (summary := summary_file(settings)) is not None:
         with summary.open("a", encoding="utf-8") as file:
             file.write(render_markdown(report) + "\n")
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from compressor.engine.plan_records import Plan
+from compressor.engine.sweep import Outcome
 from compressor.evaluation.sections import RunSizes
-from compressor.model.checkpoint import Checkpoint
 from compressor.storage.safetensors_file import read_header
 
 SCALES = re.compile("scale|zero_point|exponent|shape|g_idx|SCB|format|outlier|table|^bias")  # tensors besides the codes
 
 
-def weight_sizes(checkpoint: Checkpoint, directory: Path, formats: Container[str], plan: Plan) -> RunSizes:
-    """Bytes of the weight files before and after, by class of tensor. The totals include the headers."""
+def weight_sizes(directory: Path, outcome: Outcome) -> RunSizes:
+    """Bytes of the weight files before and after, by class of tensor. The totals include the headers.
+
+    directory  the artifact that was written from `outcome`
+    """
     files = sorted(directory.glob("*.safetensors"))
-    structure = plan.structure
+    structure, checkpoint = outcome.structure, outcome.plan.source.checkpoint
     table = _input_table(structure.model)
     embedded = {name for name, parameter in structure.model.named_parameters() if parameter is table}
     head = {weight.parameter for stage in structure.stages(structure.block_count + 1) for g in stage for weight in g}
@@ -31,7 +32,7 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, formats: Container[str
     for file in files:
         for name, info in read_header(file).items():
             module, _, suffix = name.rpartition(".")
-            if module in formats and suffix != "bias":
+            if module in outcome.stored and suffix != "bias":
                 kind = "scales" if SCALES.search(suffix) else "quantized"
             elif parameter.get(name) in embedded:
                 kind = "embedding"
@@ -51,8 +52,8 @@ def weight_sizes(checkpoint: Checkpoint, directory: Path, formats: Container[str
         "ratio": after / before,
         "bits_per_parameter": 8 * after / parameters,
         "by_class": classes,
-        "predicted_bytes": plan.weight_bytes,
-        "predicted_artifact_bytes": plan.artifact_bytes,
+        "predicted_bytes": outcome.plan.weight_bytes,
+        "predicted_artifact_bytes": outcome.plan.artifact_bytes,
         "parameters": parameters,
     }
 

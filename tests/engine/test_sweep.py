@@ -15,6 +15,7 @@ from compressor.data.samples import load_samples
 from compressor.engine import block_view, calibration_batch, estimates, sweep
 from compressor.engine import plan as planning
 from compressor.engine.plan import make_plan
+from compressor.engine.plan_records import DecidedPlan, Plan
 from compressor.errors import PassError
 from compressor.layers.packed_linear import PackedLinear
 from compressor.model.mapped_tensors import MappedTensors
@@ -38,8 +39,8 @@ def swept(model, work, monkeypatch, share, sequential=b"true", **sizes):
     sweeper = sweep.Sweeper(
         plan, Journal.create(work, {}), samples, torch.device("cpu"), 0, lambda event: None, lambda: False
     )
-    files, _ = sweep.run_sweeps(sweeper)
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    outcome = sweep.run_sweeps(sweeper)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in outcome.files)).hexdigest()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral", "bert"])
@@ -172,3 +173,21 @@ def test_a_plan_maps_experts_only_if_they_do_not_fit(step, maps, tmp_path, monke
         assert small.peak_memory_bytes <= 2 * experts < small.disk_bytes - large.disk_bytes
         assert told == [{"bytes": experts}]
     assert planned(1000)[1] == ["memory"]
+
+
+def test_a_choice_in_the_run_makes_a_second_plan(tmp_path):
+    """The plan before the run stays as it was made."""
+    model = tiny.save("llama", tmp_path / "m")
+    step = b"{pass: slicegpt, orientation: auto, sparsity: 0.25, round_to: 4}"
+    recipe = parse_recipe(
+        b"version: 1\ndata: {source: random, samples: 4, length: 16}\nsteps: [{pass: fuse_norms}, %s]\n" % step
+    )
+    plan = make_plan(recipe, str(model), prove=False)
+    samples = load_samples(plan.recipe.data, model, seed=0, vocabulary=96)
+    device, journal = torch.device("cpu"), Journal.create(tmp_path / "w", {})
+    outcome = sweep.run_sweeps(sweep.Sweeper(plan, journal, samples, device, 0, lambda event: None, lambda: False))
+    chosen = plan.recipe.steps[1]
+    assert type(plan) is Plan and plan.reshape_of(chosen).redefinition.decision is None
+    assert type(outcome.plan) is DecidedPlan and list(outcome.plan.decisions) == [chosen.path]
+    assert outcome.plan.reshape_of(chosen).redefinition.decision == outcome.plan.decisions[chosen.path]
+    assert outcome.stored == {} and len(outcome.files) == 4
