@@ -123,7 +123,11 @@ def test_doctor_answers_in_ten_lines_and_names_what_is_wrong(line, monkeypatch, 
     assert "not writable" in shown[8] and "missing x: pip install x" in shown[9]
     assert main(["doctor", "--verbose"]) == 0
     shown = capsys.readouterr().out
-    assert len(shown.splitlines()) > 20 and "self_test" in shown
+    assert len(shown.splitlines()) > 20 and not set("{}[]'") & set(shown)
+    rows = [[cell.strip() for cell in row.split("│")[1:3]] for row in shown.splitlines() if "│" in row]
+    assert ["kernels: level", str(KERNELS[line]["level"] or "none")] in rows and ["packages: torch", "2"] in rows
+    for name, outcome in KERNELS[line]["self_test"].items():
+        assert [f"kernels: self_test: {name}", outcome] in rows
 
 
 def test_plan_predicts_and_writes_nothing(tmp_path):
