@@ -254,6 +254,7 @@ def _seal(job: Job, outcome: Outcome) -> None:
         export_format=outcome.export_format,
         formats=list(outcome.stored.values()),
         source=source,
+        ledger=outcome.ledger,
         carried=carried(outcome.structure),
     )
 

@@ -72,3 +72,14 @@ def kernels(emulated, monkeypatch):
     """Those, for the binding: the CPU counts as a CUDA device that has them."""
     importlib.import_module("cuda_on_cpu").use(monkeypatch, emulated)
     return emulated
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Verify without a child process, which takes five seconds to start."""
+    verify = importlib.import_module("compressor.artifact.verify")  # only here, since it imports torch
+
+    def here(directory, probe, **more):
+        return verify.verify(directory, probe, **{"deep": True, **more})
+
+    monkeypatch.setattr(verify, "verify_in_child", here)

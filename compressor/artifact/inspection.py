@@ -8,37 +8,38 @@ from pathlib import Path
 from compressor.artifact.loader import dense_view, empty_model
 from compressor.artifact.manifest import read_manifest
 from compressor.model.checkpoint import open_checkpoint, resolve_model
+from compressor.model.fates import make_ledger
 from compressor.model.overview import Overview, PartOverview, WeightView
 from compressor.model.stored_weight import StoredWeight
-from compressor.model.structure import inspect_model, structure_of
+from compressor.model.structure import read_structure, structure_of
 from compressor.storage.file_names import MANIFEST
 
 
 def inspect_path(path: str, trust_remote_code: bool = False) -> Overview:
     """The parts with their tensors, bytes and weight groups. Weights of an artifact have their quantization formats."""
     directory = resolve_model(path)
-    if not (directory / MANIFEST).is_file():
-        return inspect_model(directory, trust_remote_code)
-    return _inspect_artifact(directory)
+    if (directory / MANIFEST).is_file():
+        return _inspect_artifact(directory)
+    structure = read_structure(directory, trust_remote_code=trust_remote_code)
+    return replace(structure.overview(), ledger=make_ledger(structure, structure, ()))
 
 
 def _inspect_artifact(directory: Path) -> Overview:
     manifest, checkpoint = read_manifest(directory), open_checkpoint(directory)
     formats = {name: StoredWeight.from_dict(entry) for name, entry in manifest["weights"].items()}
     model = empty_model(checkpoint, manifest)
-    found = structure_of(dense_view(checkpoint, formats, model, model.dtype), type(model), model.config).overview()
-    owners = {weight.name: part.name for part in found.parts for group in part.groups for weight in group}
-    sizes = dict.fromkeys((part.name for part in found.parts), 0)
-    for name, info in checkpoint.tensors.items():
-        owner = owners.get(name.rpartition(".")[0])
-        part = name.split(".")
-        if owner is None:
-            blocks = found.blocks.split(".")
-            numbers = [p for p in part if p.isdigit()]
-            owner = f"block {numbers[0]}" if numbers and blocks[-1] in part else "embeddings"
-        sizes[owner] += info.nbytes
-    parts = tuple(replace(part, bytes=sizes[part.name], groups=_as_stored(part, formats)) for part in found.parts)
-    return replace(found, parts=parts)
+    structure = structure_of(dense_view(checkpoint, formats, model, model.dtype), type(model), model.config)
+    found, held = structure.overview(), structure.part_by_tensor
+    sizes = [0] * len(found.parts)
+    for name in checkpoint.tensors.keys() - manifest.get("carried", {}).keys():
+        stored = formats.get(name.rpartition(".")[0])
+        part = held.get(name, 0) if stored is None else structure.part_of(stored.weight.parameter)
+        sizes[part] += checkpoint.tensors[name].nbytes
+    parts = tuple(
+        replace(shown, bytes=size, groups=_as_stored(shown, formats))
+        for shown, size in zip(found.parts, sizes, strict=True)
+    )
+    return replace(found, parts=parts, ledger=manifest.get("ledger"))
 
 
 def _as_stored(part: PartOverview, formats: dict[str, StoredWeight]) -> tuple[tuple[WeightView, ...], ...]:
@@ -50,10 +51,4 @@ def _as_stored(part: PartOverview, formats: dict[str, StoredWeight]) -> tuple[tu
 
 
 def _described(stored: StoredWeight | None, otherwise: str) -> str:
-    if stored is None:
-        return otherwise
-    return (
-        f"{stored.format_name} {stored.format_params['bits']} bits"
-        if "bits" in stored.format_params
-        else stored.format_name
-    )
+    return otherwise if stored is None else stored.described

@@ -14,6 +14,7 @@ import transformers
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from compressor.errors import ArtifactError
+from compressor.model.ledger import Ledger
 from compressor.model.model_files import regular_file
 from compressor.model.stored_weight import StoredEntry
 from compressor.model.weights import ROLES
@@ -111,6 +112,31 @@ class _Source(_Part):
     rewritten: dict[ModulePath, float] = {}
 
 
+class _Account(_Part):
+    becomes: Literal["quantized", "split", "merged", "rewritten", "converted", "copied", "left out"]
+    how: str
+    bytes: Annotated[int, Field(ge=0)]
+    tensors: dict[str, Annotated[int, Field(ge=0)]]
+    into: dict[str, list[str]] = {}
+
+    @model_validator(mode="after")
+    def _sums(self) -> _Account:
+        if sum(self.tensors.values()) != self.bytes:
+            raise ValueError(f"its tensors have {sum(self.tensors.values())} bytes, and {self.bytes} are stated")
+        return self
+
+
+class _Ledger(_Part):
+    source_bytes: Annotated[int, Field(ge=0)]
+    accounts: list[_Account]
+
+    @model_validator(mode="after")
+    def _balances(self) -> _Ledger:
+        if (accounted := sum(account.bytes for account in self.accounts)) != self.source_bytes:
+            raise ValueError(f"{accounted} of {self.source_bytes} bytes are accounted for")
+        return self
+
+
 class _Manifest(_Part):
     format_version: Literal[1]
     tool: _Tool
@@ -118,6 +144,7 @@ class _Manifest(_Part):
     route: str
     reason: str
     source: _Source
+    ledger: _Ledger | None = None
     weights: dict[str, _WeightEntry]
     carried: dict[str, list[str]] = {}
     layers: dict[Identifier, str]
@@ -179,6 +206,7 @@ class Loadable(TypedDict):
 class Manifest(Loadable):
     """A manifest's JSON values, as `seal` writes and `read_manifest` checks them (docs/format.md).
 
+    ledger   what becomes of every tensor of the source; earlier releases had none
     carried  tensors that the model doesn't use -> how the stock loader reports them
     layers   quantization format -> the package with its layer
     """
@@ -187,6 +215,7 @@ class Manifest(Loadable):
     tool: Tool
     reason: str
     source: Source
+    ledger: NotRequired[Ledger]
     carried: NotRequired[dict[str, list[str]]]
     layers: dict[str, str]
 

@@ -37,6 +37,7 @@ from compressor.artifact import generation
 from compressor.artifact.against_source import Print, Prints, ties_of
 from compressor.artifact.files import compare_files
 from compressor.artifact.findings import Findings, LayerComparison, Verification
+from compressor.artifact.ledger_check import ledger_problems
 from compressor.artifact.loader import load
 from compressor.artifact.manifest import Manifest, read_manifest
 from compressor.artifact.memory_needs import gibibytes, limit_bytes, map_large_experts, verification_bytes
@@ -162,6 +163,7 @@ def verify(
     found = Findings()
     artifact = Artifact(directory, read_manifest(directory), open_checkpoint(directory))
     _check_files(artifact, sealed, found)
+    found.problems += ledger_problems(artifact.manifest, artifact.checkpoint, source)
     found.problems += carried_code_problems(directory, source, trust_remote_code, OWN_MODELING)
     if deep and not found.problems:
         found.loaded = "whole" if _fits(artifact, source, memory) else "parts"

@@ -23,6 +23,7 @@ from compressor.artifact.files import file_facts
 from compressor.artifact.manifest import FORMAT_VERSION, Manifest, Source
 from compressor.artifact.modeling_file import modeling_source
 from compressor.layers import find_layer
+from compressor.model.ledger import Ledger
 from compressor.model.stored_weight import StoredWeight, has_experts
 from compressor.model.structure import Structure
 from compressor.model.unused_tensors import Unused
@@ -135,6 +136,7 @@ def seal(
     export_format: ExportFormat,
     formats: Sequence[StoredWeight],
     source: Source,
+    ledger: Ledger | None = None,
     carried: Sequence[Unused] = (),
 ) -> None:
     """Write the manifest over all files of the directory. This is the last step of writing an artifact."""
@@ -152,6 +154,8 @@ def seal(
         },
         "files": file_facts(directory),
     }
+    if ledger is not None:
+        manifest["ledger"] = ledger
     write_json(directory / MANIFEST, manifest)
 
 

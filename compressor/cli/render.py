@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Report,
         SpeedRow,
     )
+    from compressor.model.ledger import Ledger
     from compressor.model.overview import Overview
     from compressor.recipe.gates import GateRow
 
@@ -76,6 +77,7 @@ def show_plan(planned: PlannedRun, verbose: bool) -> None:
         _show_weights(plan.rows, verbose)
     for reshape in plan.reshapes:
         _show_reshape(reshape.to_json())
+    show_ledger(plan.ledger, verbose)
     if plan.export_format is not None:
         out.print(f"export format {plan.export_format.name}: {plan.export_format.reason}", highlight=False)
     out.print(
@@ -139,6 +141,23 @@ def _show_reshape(reshape: ReshapeRow) -> None:
         out.print(f"  {note}", highlight=False)
 
 
+def show_ledger(ledger: Ledger, verbose: bool) -> None:
+    """Print what becomes of the tensors of a source: a row for each account; verbose: for each kind of tensor."""
+    from compressor.evaluation.ledger_rows import rows_of_accounts, rows_of_kinds, tensor_count
+    from compressor.evaluation.render import human_bytes
+
+    table = Table()
+    table.add_column("tensors of the source", overflow="fold")
+    table.add_column("number", no_wrap=True, justify="right")
+    table.add_column("become", overflow="fold")
+    table.add_column("bytes", no_wrap=True, justify="right")
+    for row in (rows_of_kinds if verbose else rows_of_accounts)(ledger):
+        becomes = f"{row.becomes}: {row.how}"
+        table.add_row(escape(row.what), f"{row.tensors:,}", escape(becomes), human_bytes(row.bytes))
+    table.add_row("all", f"{tensor_count(ledger):,}", "", human_bytes(ledger["source_bytes"]))
+    out.print(table)
+
+
 def show_structure(found: Overview, weights: bool) -> None:
     """Print the result of `inspect_path`. weights: show full names"""
     from compressor.evaluation.render import human_bytes
@@ -157,6 +176,8 @@ def show_structure(found: Overview, weights: bool) -> None:
         ]
         table.add_row(part.name, str(part.tensors), human_bytes(part.bytes), "\n".join(groups))
     out.print(table)
+    if found.ledger is not None:
+        show_ledger(found.ledger, weights)
 
 
 def show_verification(found: Findings, directory: Path, has_source: bool) -> None:

@@ -84,6 +84,7 @@ class LineFacts:
     relative_errors  relative error of each stored weight after it is dequantized; None if the line doesn't belong to a
                      part of a sweep that stores weights
     written          relative errors of dense parameters that have new values
+    rewritten        tensors with new values, of a part of a step that rewrites the model
     """
 
     formats: Mapping[str, StoredWeight] = field(default_factory=dict)
@@ -91,13 +92,16 @@ class LineFacts:
     warnings: tuple[Notice, ...] = ()
     relative_errors: Mapping[str, float | None] | None = None
     written: Mapping[str, float] = field(default_factory=dict)
+    rewritten: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        values = {
+        values: dict[str, Any] = {
             "forms": {name: stored.to_dict() for name, stored in self.formats.items()},
             "records": [record.to_json() for record in self.records],
             "warnings": [notice.to_json() for notice in self.warnings],
         }
+        if self.rewritten:
+            values["rewritten"] = list(self.rewritten)
         if self.relative_errors is None:
             return values
         return {**values, "relative_errors": dict(self.relative_errors), "written": dict(self.written)}
@@ -111,6 +115,7 @@ class LineFacts:
             tuple(map(Notice.from_json, values["warnings"])),
             values.get("relative_errors"),
             values.get("written", {}),
+            tuple(values.get("rewritten", ())),
         )
 
 

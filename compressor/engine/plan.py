@@ -15,7 +15,7 @@ from compressor.analysis.input_producers import Producers, find_producers, produ
 from compressor.artifact.artifact_config import artifact_config
 from compressor.artifact.export_format import ExportFormat, choose_export_format, next_export_format
 from compressor.artifact.stock_formats import FAMILIES, check_loader
-from compressor.artifact.writer import carried_tensors
+from compressor.artifact.writer import carried
 from compressor.data.parts import same_source
 from compressor.engine.estimates import check_limits, predict_sizes
 from compressor.engine.part_work import mappable_experts
@@ -27,14 +27,14 @@ from compressor.engine.plan_records import (
     Selected,
     Sizes,
     StepPath,
-    UnusedRow,
     sharer,
 )
 from compressor.engine.planned_formats import follow_formats
+from compressor.engine.planned_ledger import planned_ledger
 from compressor.engine.planned_reshapes import follow_reshapes
 from compressor.engine.selected_weights import named_functions, select_weights, skipped_weights, without_odd_widths
 from compressor.engine.trial import NoProbeModel, try_loaders
-from compressor.errors import Because, CompressError, ModelError, PreflightError, values_of
+from compressor.errors import CompressError, ModelError, PreflightError, values_of
 from compressor.model.attention import replaced_implementations
 from compressor.model.checkpoint import resolve_model
 from compressor.model.facts import Decision
@@ -46,7 +46,6 @@ from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure, read_structure
 from compressor.model.token_limit import limit_of
 from compressor.model.trusted_code import auto_map, file_of, is_model_entry
-from compressor.model.unused_tensors import WHY_UNUSED
 from compressor.protocol import Fact, RewritePass, TokenPass
 from compressor.recipe.recipe import Recipe, Step
 from compressor.recipe.yaml_source import dotted
@@ -124,7 +123,8 @@ def _with_storing_steps(
         _warn_of_mapped_experts(structure, sizes, findings)
     _warn_of_undecided_sizes(recipe, decisions, findings)
     _warn_of_divided_data(recipe, findings)
-    unused = _unused_tensors(source, structure, reshapes, findings)
+    _warn_of_unused_tensors(source, structure, reshapes, findings)
+    ledger = planned_ledger(recipe, source, structure, reshapes, selected, formats.formats, producers, findings)
     return Plan(
         recipe=recipe,
         source=source,
@@ -136,7 +136,7 @@ def _with_storing_steps(
         counted_dense=formats.counted_dense,
         rows=formats.rows,
         skipped=skipped_weights(structure, selected),
-        unused=unused,
+        ledger=ledger,
         export_format=export_format,
         untied=untied,
         producers=producers,
@@ -361,46 +361,24 @@ def _warn_of_divided_data(recipe: Recipe, findings: Findings) -> None:
         findings.warn("data-divided", "eval.data", message)
 
 
-def _unused_tensors(
+def _warn_of_unused_tensors(
     source: Structure, structure: Structure, reshapes: Sequence[Reshape], findings: Findings
-) -> tuple[UnusedRow, ...]:
-    """The tensors of the source that fill no parameter of the model. Adds warnings about them, and about other files in
-    the source directory that aren't compressed.
-    """
+) -> None:
+    """Warn of tensors that fill no parameter of the model, and of weight files that aren't read."""
     checkpoint, bindings = source.checkpoint, source.bindings
     for message in checkpoint.unread:
         findings.warn("second-weights", checkpoint.directory.name, message, **values_of(message))
     for name in bindings.apart:
         message = "config.json ties it to a tensor with other values, so it stays untied, as in transformers"
         findings.warn("not-tied", name, message)
-    carried = carried_tensors(structure)
-    rows: list[UnusedRow] = [
-        {
-            "name": unused.tensor,
-            "bytes": checkpoint.tensors[unused.tensor].nbytes,
-            "reason": WHY_UNUSED[unused.reason],
-            "carried": unused.is_carried and unused.tensor in carried,
-        }
-        for unused in bindings.unused
-    ]
-    kept = [row for row in rows if row["carried"]]
-    lost = [row for row, unused in zip(rows, bindings.unused) if unused.is_carried and not row["carried"]]
-    if kept:
-        count = _count(kept)
-        message = f"{count} that {source.architecture} doesn't use are copied into the artifact unchanged"
-        findings.warn("unused-tensors", _some(kept), message, **values_of(count))
-    if lost:
+    if not (unused := carried(source)):
+        return
+    nbytes = sum(checkpoint.tensors[tensor.tensor].nbytes for tensor in unused)
+    where, values = ", ".join(tensor.tensor for tensor in unused[:4]), {"tensors": len(unused), "bytes": nbytes}
+    which = f"{len(unused)} tensors ({nbytes:,} bytes) that {source.architecture} doesn't use are"
+    if carried(structure):
+        findings.warn("unused-tensors", where, f"{which} copied into the artifact unchanged", **values)
+    else:
         changer = next(reshape.step.name for reshape in reshapes if isinstance(reshape.step.settings, RewritePass))
-        count = _count(lost)
-        message = f"{count} that {source.architecture} doesn't use are left out: {changer} changes their model"
-        findings.warn("left-out-tensors", _some(lost), message, **{"pass": changer}, **values_of(count))
-    return tuple(rows)
-
-
-def _count(rows: list[UnusedRow]) -> Because:
-    size = sum(row["bytes"] for row in rows)
-    return Because(f"{len(rows)} tensors ({size:,} bytes)", tensors=len(rows), bytes=size)
-
-
-def _some(rows: list[UnusedRow]) -> str:
-    return ", ".join(row["name"] for row in rows[:4])
+        message = f"{which} left out: {changer} changes their model"
+        findings.warn("left-out-tensors", where, message, **{"pass": changer}, **values)

@@ -16,6 +16,7 @@ from compressor.artifact.export_format import ExportFormat
 from compressor.errors import CompressError, ErrorEvent, Notice, WarningRow
 from compressor.model.facts import Decision, ModelFacts, Redefinition, TokenAccount
 from compressor.model.functions import Functions
+from compressor.model.ledger import Ledger
 from compressor.model.side_files import SideFilesRow
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
@@ -59,15 +60,6 @@ class SkippedRow(TypedDict):
     reason: str
 
 
-class UnusedRow(TypedDict):
-    """A tensor of the source that fills no parameter of the model. carried: copied into the artifact unchanged"""
-
-    name: str
-    bytes: int
-    reason: str
-    carried: bool
-
-
 class ExportFormatRow(TypedDict):
     """An export format, and the reason for it."""
 
@@ -89,7 +81,7 @@ class PlanJson(TypedDict):
     route: ExportFormatRow | None
     untied_head: bool
     side_files: SideFilesRow
-    unused_tensors: list[UnusedRow]
+    ledger: Ledger
     source_bytes: int
     predicted_weight_bytes: int
     predicted_artifact_bytes: int
@@ -210,7 +202,7 @@ class Plan:
     formats        weight name -> the format that its steps promise (only weights whose format changes)
     counted_dense  those of them that may stay dense (`WeightPass.alternatives`) and would then be larger
     functions      activations, norms and softmax, if any step selects them
-    unused         tensors of the source that fill no parameter of the model: name, bytes, reason, whether copied
+    ledger         what becomes of every tensor of the source
     producers      producers of the weights' inputs, by kind of block, if a step needs them (`Traits.rescales`)
     sizes          zero if no export format fits
     tries_loaders  whether the export format is tried on a small probe model of this class
@@ -226,7 +218,7 @@ class Plan:
     counted_dense: frozenset[str]
     rows: tuple[PlanRow, ...]
     skipped: tuple[SkippedRow, ...]
-    unused: tuple[UnusedRow, ...]
+    ledger: Ledger
     export_format: ExportFormat | None
     untied: bool
     producers: Producers
@@ -237,7 +229,7 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
-        return self.source.checkpoint.nbytes
+        return self.ledger["source_bytes"]
 
     @property
     def weight_bytes(self) -> int:
@@ -277,7 +269,7 @@ class Plan:
             "route": None if self.export_format is None else export_format_row(self.export_format),
             "untied_head": self.untied,
             "side_files": self.source.checkpoint.side_files.to_json(),
-            "unused_tensors": list(self.unused),
+            "ledger": self.ledger,
             "source_bytes": self.source_bytes,
             "predicted_weight_bytes": self.weight_bytes,
             "predicted_artifact_bytes": self.artifact_bytes,

@@ -271,9 +271,9 @@ def _write_part(work: Reshaper, step: Step, view: PartView, state: State) -> Sta
     key, file = f"{work.number}/{view.number}", f"s{work.number:02d}-{view.number:05d}"
     if not is_kept:
         _keep_state(work, f"{key}/state", f"{file}-state.safetensors", after, [])
-    tensors = _part_tensors(work, view.number, view)
+    tensors, rewritten = _part_tensors(work, view.number, view)
     entries = [Entry(name, t.dtype, tuple(t.shape), partial(_alone, t)) for name, t in tensors.items()]
-    facts = LineFacts(warnings=tuple(view.warnings)).to_json()
+    facts = LineFacts(warnings=tuple(view.warnings), rewritten=rewritten).to_json()
     work.journal.commit(key, f"{file}.safetensors", lambda path: write_file(path, entries), facts)
     return after
 
@@ -315,20 +315,24 @@ def _views(work: Reshaper, warnings: list[Notice]) -> Iterator[PartView]:
         yield view
 
 
-def _part_tensors(work: Reshaper, part: int, view: PartView) -> dict[str, Tensor]:
-    """Every tensor of this part in the new model, by checkpoint name, in the dtype of its parameter."""
+def _part_tensors(work: Reshaper, part: int, view: PartView) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Every tensor of this part in the new model, by checkpoint name, in the dtype of its parameter; and the names of
+    those that the pass has written.
+    """
     planned = work.planned
     tensors: dict[str, Tensor] = {}
+    written: list[str] = []
     for name, now in _parameters_of(work, part).items():
         value = view.written[name] if name in view.written else tensor_named(work.structure.model, name).data
         dtype = planned.bindings.dtypes[now]
         value = value.made(dtype) if isinstance(value, Changed) else value.to(dtype)
         pieces = split_parameter(planned, now, value)
         tensors |= {tensor: piece.cpu().contiguous() for tensor, piece in pieces.items()}
+        written += pieces if name in view.written else ()
     for tensor, piece in tensors.items():
         expected = planned.checkpoint.tensors[tensor].shape
         assert tuple(piece.shape) == expected, f"{tensor}: {tuple(piece.shape)}, {expected} was planned"
-    return dict(sorted(tensors.items()))
+    return dict(sorted(tensors.items())), tuple(sorted(written))
 
 
 def _parameters_of(work: Reshaper, part: int) -> dict[str, str]:

@@ -158,7 +158,7 @@ def _verify_work(plan: Plan, before: Sequence[PartWork], after: Sequence[PartWor
     dense = float(sum(part.values for part in after))
     source = float(sum(part.values for part in before))
     itemsize = plan.structure.dtype.itemsize
-    needed = whole_verification_bytes(itemsize * dense, plan.weight_bytes, plan.source_bytes)
+    needed = whole_verification_bytes(itemsize * dense, plan.weight_bytes, plan.source.checkpoint.nbytes)
     tokens = GENERATED_TOKENS if needed <= limit_bytes(plan.recipe.limits.memory) else FEWEST_TOKENS
     steps = 1 + REFERENCE_RUNS + tokens + (2 if _is_custom(plan) else 0)
     return (

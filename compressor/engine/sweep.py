@@ -25,11 +25,13 @@ from compressor.engine.calibration_batch import (
 from compressor.engine.decisions import choose
 from compressor.engine.plan import decided_plan
 from compressor.engine.plan_records import Plan, Reshape
+from compressor.engine.planned_ledger import ledger_of_run
 from compressor.engine.rewrite_sweep import Reshaper, run_reshape
 from compressor.engine.sweeper import Sweeper
 from compressor.engine.walk import Written, walk
 from compressor.engine.weight_sweep import run_weight_sweep
 from compressor.layers import find_layer
+from compressor.model.ledger import Ledger
 from compressor.model.redefined_structure import with_token_gates
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
@@ -46,12 +48,14 @@ class Outcome:
     structure  the model as it was written
     files      of the last sweep, one per part of the model
     stored     weight name -> the weight in the format in which it was written
+    ledger     what became of every tensor of the source
     """
 
     plan: Plan
     structure: Structure
     files: list[Path]
     stored: dict[str, StoredWeight]
+    ledger: Ledger
 
     @property
     def export_format(self) -> ExportFormat:
@@ -93,7 +97,9 @@ def _run_sweeps(sweeper: Sweeper) -> Outcome:
         files = stored.files
     elif not isinstance(sweeps[-1][0].settings, WeightPass):
         _run_probe(sweeper, stored)
-    return Outcome(plan, sweeper.structure, files, dict(sorted(stored.formats.items())))
+    structure, formats = sweeper.structure, dict(sorted(stored.formats.items()))
+    ledger = ledger_of_run(plan.source, structure, plan.recipe, plan.reshapes, formats, sweeper.journal.lines)
+    return Outcome(plan, structure, files, formats, ledger)
 
 
 def _prepare(sweeper: Sweeper, plan: Plan) -> None:

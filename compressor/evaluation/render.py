@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import junitparser
 
+from compressor.evaluation.ledger_rows import rows_of_accounts, rows_of_kinds
 from compressor.evaluation.plots import draw_plots
 from compressor.evaluation.sections import AnyReport, ComparedRow, Comparison, EvaluationReport, Report
 from compressor.evaluation.weight_rows import error_of, outlier_inputs, tabulated, worst_weights
@@ -49,7 +50,15 @@ def render_html(report: Report) -> str:
 def _shown(report: Report) -> dict[str, Any]:
     """What both forms show besides the report's own sections."""
     outliers, tables = outlier_inputs(report), tabulated(report)
-    return {"error_of": error_of, "outliers": outliers, "tables": tables, "unmeasured": unmeasured_speed(report)}
+    ledger = report.get("ledger")  # reports of 0.1 have none
+    return {
+        "error_of": error_of,
+        "outliers": outliers,
+        "tables": tables,
+        "unmeasured": unmeasured_speed(report),
+        "accounts": [] if ledger is None else list(rows_of_accounts(ledger)),
+        "kinds": [] if ledger is None else list(rows_of_kinds(ledger)),
+    }
 
 
 def render_comparison(found: Comparison, rows: Sequence[ComparedRow]) -> str:

@@ -100,7 +100,7 @@ def build_report(
         "steps": _step_rows(plan),
         "weights": _weight_rows(plan, records),
         "skipped": list(plan.skipped),
-        "unused_tensors": list(plan.unused),
+        "ledger": outcome.ledger,
         "warnings": [*(notice.to_json() for notice in notices), *unmeasured_warnings(measured.metrics)],
         "verification": verification.to_json(),
         "kernels": _reference_kernels(records) if measured.kernels is None else measured.kernels,

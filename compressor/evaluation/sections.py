@@ -10,9 +10,10 @@ from typing import Any, NotRequired, TypedDict
 
 from compressor.artifact.findings import Verification
 from compressor.data.parts import SourcePart
-from compressor.engine.plan_records import ExportFormatRow, ReshapeRow, SkippedRow, UnusedRow
+from compressor.engine.plan_records import ExportFormatRow, ReshapeRow, SkippedRow
 from compressor.errors import WarningRow
 from compressor.kernels.prepared.prepare import KernelRow
+from compressor.model.ledger import Ledger
 from compressor.model.side_files import SideFilesRow
 from compressor.recipe.gates import GateRow
 
@@ -238,7 +239,7 @@ class Report(TypedDict):
     steps: list[StepRow]
     weights: list[WeightRow]
     skipped: list[SkippedRow]
-    unused_tensors: list[UnusedRow]
+    ledger: Ledger
     warnings: list[WarningRow]
     verification: Verification
     kernels: list[KernelRow]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,9 @@ class Checkpoint:
     metadata   the metadata in the index of a sharded checkpoint
     unread     a sentence for each other set of weights in the directory, which transformers doesn't read either
     quantized  how the files store the weights that `tensors` and `read` give dequantized (`quantized_source`)
+    stored     every tensor of the files that are read, as they have it and under its name there
+    shadowed   FILE:NAME of a tensor that another shard has too -> its place; that of the last shard is read
+    renamed    name in the files -> name in `tensors`, of a tensor that parameters share (`empty_model`)
     """
 
     directory: Path
@@ -50,6 +54,9 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     quantized: Quantization | None = None
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict)
+    shadowed: Mapping[str, TensorInfo] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype, or dequantized; a private copy."""
@@ -76,8 +83,7 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> set[Path]:
-        files = {info.file for info in self.tensors.values()}
-        return files if self.quantized is None else files | self.quantized.files
+        return {info.file for info in self.stored.values()}
 
     @property
     def weight_file_bytes(self) -> int:
@@ -135,10 +141,17 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     name = _weights_file(directory, config)
     metadata: dict[str, Any] = {}
     unread: list[str] = []
+    shadowed: dict[str, TensorInfo] = {}
     if name.endswith(".index.json"):
         index = _read_json(regular_file(directory, directory / name))
-        tensors, files, unread = _sharded(directory, name, index)
+        tensors, files, shadowed = _sharded(directory, name, index)
         metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+        if shadowed:
+            first = min(shadowed).partition(":")[2]
+            last = tensors[first].file.name
+            message = f"tensors lie in two shards, such as {first}; that of {last} is read, as transformers does"
+            values = {"tensors": len(shadowed), "first": first, "read": last}
+            unread.append(Because(f"{len(shadowed)} {message}", **values))
     else:
         tensors, files = read_header(regular_file(directory, directory / name)), {name}
     if not tensors:
@@ -151,7 +164,7 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
         shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
         text = f"{name} is read, as transformers does; {shown} contain weights too and are not read"
         unread.append(Because(text, read=name, others=others))
-    return Checkpoint(directory, config, tensors, metadata, tuple(unread))
+    return Checkpoint(directory, config, tensors, metadata, tuple(unread), stored=tensors, shadowed=shadowed)
 
 
 def resolve_model(name: str) -> Path:
@@ -251,8 +264,10 @@ def _other_weights(directory: Path, read: set[str]) -> list[str]:
     return sorted(map(printable, found - read))
 
 
-def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[str, TensorInfo], set[str], list[str]]:
-    """Every tensor of the files in the index, the files, and a sentence if a tensor is in more than one of them.
+def _sharded(
+    directory: Path, where: str, index: dict[str, Any]
+) -> tuple[dict[str, TensorInfo], set[str], dict[str, TensorInfo]]:
+    """Every tensor of the files in the index, the files, and `Checkpoint.shadowed`.
 
     As in transformers, the last file by name wins, and the index entries of single tensors are not used.
     """
@@ -261,7 +276,7 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
         raise ModelError("has no usable `weight_map`", where=where, hint="Download this file again: hf download NAME.")
     tensors: dict[str, TensorInfo] = {}
     files = sorted(set(mapping.values()))
-    twice: list[str] = []
+    shadowed: dict[str, TensorInfo] = {}
     for shard in files:
         if "/" in shard or "\\" in shard or shard in ("", ".", ".."):
             raise ModelError(
@@ -279,7 +294,8 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
                 data={"reason": "missing-shard"},
             )
         held = read_header(regular_file(directory, path))
-        twice += sorted(held.keys() & tensors.keys())
+        twice = sorted(held.keys() & tensors.keys())
+        shadowed |= {f"{tensors[name].file.name}:{name}": tensors[name] for name in twice}
         tensors.update(held)
     if lost := [name for name in mapping if name not in tensors]:
         raise ModelError(
@@ -288,13 +304,7 @@ def _sharded(directory: Path, where: str, index: dict[str, Any]) -> tuple[dict[s
             hint="Download the index and all shards again from one revision: hf download NAME.",
             data={"reason": "lacks-tensors", "count": len(lost), "first": min(lost)},
         )
-    if not twice:
-        return tensors, set(files), []
-    last = tensors[twice[0]].file.name
-    message = (
-        f"{len(twice)} tensors lie in two shards, such as {twice[0]}; that of {last} is read, as transformers does"
-    )
-    return tensors, set(files), [Because(message, tensors=len(twice), first=twice[0], read=last)]
+    return tensors, set(files), shadowed
 
 
 def _no_weights(directory: Path) -> ModelError:

@@ -42,7 +42,7 @@ def bound_model(
     model = guarded(lambda config: skeleton(cls, config, model_dtype, cached=cached), checkpoint, config, name, failed)
     if bindings.owned:  # from here on, and in the artifact, it has the name that most checkpoints use
         tensors = {bindings.owned.get(name, name): info for name, info in checkpoint.tensors.items()}
-        checkpoint = replace(checkpoint, tensors=tensors)
+        checkpoint = replace(checkpoint, tensors=tensors, renamed=bindings.owned)
         bindings = bind(empty, checkpoint, model_dtype)
     if bindings.apart:
         part(model, bindings.apart)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.model.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,13 @@ class PartOverview:
 
 
 @dataclass(frozen=True)
-class UnusedView:
-    """A tensor that fills nothing in the model."""
-
-    name: str
-    reason: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Overview:
     """A whole model.
 
     blocks     path of the list of blocks
     tied       parameter -> the one whose storage it shares
+    ledger     what becomes of every tensor of the checkpoint when it is read, or of the artifact's source; None for an
+               artifact of an earlier release
     quantized  a sentence if the files store weights quantized, which are shown as they are dequantized
     """
 
@@ -47,9 +43,9 @@ class Overview:
     blocks: str
     block_count: int
     tied: dict[str, str]
-    unused: tuple[UnusedView, ...]
     parts: tuple[PartOverview, ...]
     quantized: str | None = None
+    ledger: Ledger | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A key for each field, down to the weights; `parts` for the parts."""

@@ -89,7 +89,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         members = {member: tensors.pop(name) for member, name in weight.members.items()}
         tensors[weight.tensor] = _dense_info(weight, members, dtype)
     config = {key: value for key, value in checkpoint.config.items() if key != CONFIG}
-    quantized = quantization_of(FORMATS[method].name, weights, unread, checkpoint.tensors)
+    quantized = quantization_of(FORMATS[method].name, weights, unread)
     return replace(checkpoint, config=config, tensors=tensors, quantized=quantized)
 
 

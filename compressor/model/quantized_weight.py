@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ class Quantization:
     layouts  which codes share a scale
     weights  number of quantized weights
     unread   tensors that only quantized activations need, such as `input_scale`; the dequantized model has none
-    files    all weight files, also those that have only scales
+    members  dense tensor -> the tensors in the files from which it is made; the first has the codes
     """
 
     method: str
@@ -57,7 +56,7 @@ class Quantization:
     layouts: tuple[str, ...]
     weights: int
     unread: tuple[str, ...] = ()
-    files: frozenset[Path] = frozenset()
+    members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         bits = " and ".join(map(str, self.bits))
@@ -70,13 +69,11 @@ class Quantization:
         return Because(text, method=self.method, bits=list(self.bits), layouts=list(self.layouts))
 
 
-def quantization_of(
-    method: str, weights: Sequence[QuantizedWeight], unread: tuple[str, ...], tensors: Tensors
-) -> Quantization:
-    """The record of the quantized weights of a checkpoint that has these tensors."""
+def quantization_of(method: str, weights: Sequence[QuantizedWeight], unread: tuple[str, ...]) -> Quantization:
+    """The record of the quantized weights of a checkpoint."""
     bits, layouts = sorted({weight.bits for weight in weights}), sorted({weight.layout for weight in weights})
-    files = frozenset(info.file for info in tensors.values())
-    return Quantization(method, tuple(bits), tuple(layouts), len(weights), unread, files)
+    members = {weight.tensor: tuple(weight.members.values()) for weight in weights}
+    return Quantization(method, tuple(bits), tuple(layouts), len(weights), unread, members)
 
 
 def require(tensors: Tensors, module: str, names: Iterable[str]) -> None:

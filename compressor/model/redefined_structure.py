@@ -74,6 +74,22 @@ def redefined(structure: Structure, redefinition: Redefinition) -> Structure:
     return _reclassed(structure, replace(structure.checkpoint, config=config, tensors=tensors))
 
 
+def tensors_after(structure: Structure, redefinition: Redefinition) -> dict[str, tuple[str, ...]]:
+    """Tensor of the model before a step -> the tensors after it that fill the same parameters; none if these are gone.
+
+    Tensors that fill no parameter are not in it.
+    """
+    after: dict[str, dict[str, None]] = {}
+    for name, sources in structure.bindings.sources.items():
+        is_gone = redefinition.shapes.get(name, ()) is None
+        for source in sources:
+            names = after.setdefault(source.tensor, {})
+            if not is_gone:
+                held = name if name in structure.bindings.joined else source.tensor
+                names[_renumbered(held, structure, redefinition)] = None
+    return {tensor: tuple(names) for tensor, names in after.items()}
+
+
 def with_token_gates(structure: Structure, redefinition: Redefinition) -> Structure:
     """The structure of a model whose config alone changes. Its tensors stay in their files."""
     return _reclassed(structure, replace(structure.checkpoint, config=_config_after(structure, redefinition)))

@@ -49,6 +49,15 @@ class StoredWeight:
         return cast("StoredEntry", values)
 
     @property
+    def described(self) -> str:
+        """The format in a few words."""
+        return (
+            f"{self.format_name} {self.format_params['bits']} bits"
+            if "bits" in self.format_params
+            else self.format_name
+        )
+
+    @property
     def bias(self) -> str | None:
         """Name of the dense bias, if this format stores the bias too."""
         return self.weight.bias if find_layer(self.format_name).holds_bias(self.format_params) else None

@@ -26,7 +26,7 @@ from compressor.model.fused_experts import Slice, expert_slices
 from compressor.model.model_building import guarded
 from compressor.model.model_class import config_and_class, refuse_two_stacks
 from compressor.model.narrow_probe import Probes, narrow_config, width_of
-from compressor.model.overview import Overview, PartOverview, UnusedView, WeightView
+from compressor.model.overview import Overview, PartOverview, WeightView
 from compressor.model.prequantized import refuse_stated
 from compressor.model.probe_model import Kind, shallow_config, signature
 from compressor.model.quantized_source import open_source
@@ -145,16 +145,18 @@ class Structure:
     @cached_property
     def part_by_tensor(self) -> dict[str, int]:
         """Checkpoint tensor -> number of the part that stores it."""
-        head = {product.parameter for product in self.traced.head}
-        parts = {}
-        for tensor, parameter in self.bindings.parameters_by_tensor.items():
-            if parameter.startswith(self.pieces.blocks_path + "."):
-                parts[tensor] = 1 + int(parameter[len(self.pieces.blocks_path) + 1 :].split(".")[0])
-            elif parameter in head or parameter.rpartition(".")[0] in self.traced.after:
-                parts[tensor] = self.block_count + 1
-            else:
-                parts[tensor] = 0
-        return parts
+        return {tensor: self.part_of(name) for tensor, name in self.bindings.parameters_by_tensor.items()}
+
+    def part_of(self, parameter: str) -> int:
+        """Number of the part that has a parameter, or a module."""
+        if parameter.startswith(self.pieces.blocks_path + "."):
+            return 1 + int(parameter[len(self.pieces.blocks_path) + 1 :].split(".")[0])
+        is_after = parameter in self._head_parameters or parameter.rpartition(".")[0] in self.traced.after
+        return self.block_count + 1 if is_after else 0
+
+    @cached_property
+    def _head_parameters(self) -> set[str]:
+        return {product.parameter for product in self.traced.head}
 
     @cached_property
     def _shared_in_blocks(self) -> dict[str, str]:
@@ -258,10 +260,6 @@ class Structure:
             block_count=self.block_count,
             quantized=None if self.checkpoint.quantized is None else self.checkpoint.quantized.notice,
             tied=dict(self.bindings.tied),
-            unused=tuple(
-                UnusedView(unused.tensor, unused.reason, self.checkpoint.tensors[unused.tensor].nbytes)
-                for unused in self.bindings.unused
-            ),
             parts=tuple(
                 PartOverview(names[part], len(held.get(part, ())), sum(held.get(part, ())), self._groups_shown(part))
                 for part in range(self.block_count + 2)
@@ -390,7 +388,3 @@ def _weight(
     rows, columns = parameter.shape[-2:]
     shape = (columns, rows) if product.transposed else (rows, columns)
     return Weight(name, tensor, parameter_name, shape, role, product.transposed, bias=bias)
-
-
-def inspect_model(directory: Path, trust_remote_code: bool = False) -> Overview:
-    return read_structure(directory, trust_remote_code=trust_remote_code).overview()

@@ -123,7 +123,8 @@ def compare(source: Path, artifact: Path) -> Result:
     weights = manifest["weights"]
     values = {name: unpacked(entry, after) for name, entry in weights.items()}
     taken = {entry["tensor"] for entry in weights.values()}
-    said = {row["name"]: row["reason"] for row in report["unused_tensors"] if not row["carried"]}
+    accounts = [account for account in report["ledger"]["accounts"] if account["becomes"] == "left out"]
+    said = {name: account["how"] for account in accounts for name in account["tensors"]}
     missing = [name for name in before if name not in taken and name not in after]
     lost = [name for name in missing if name not in said]
     differs = [

@@ -260,6 +260,7 @@ def test_a_change_is_a_problem_where_loaders_look_and_else_a_note(name, change, 
     assert matters(name) == (name in ("model.safetensors", "config.json", "tokenizer.json", "1_Pooling/config.json"))
 
 
+ACCOUNT = {"becomes": "copied", "how": "stays dense", "bytes": 4, "tensors": {"a": 4}}
 BROKEN = {
     "format": {"format_version": 2},
     "architecture of a module": {"architecture": "modeling_utils"},
@@ -295,6 +296,9 @@ BROKEN = {
     "a source without a name": {"source": {}},
     "a change without its step": {"source": {"name": "m", "sha256": "", "changes": [{"rewrites": True}]}},
     "carried as a list": {"carried": ["x"]},
+    "a ledger that lacks bytes": {"ledger": {"source_bytes": 9, "accounts": [ACCOUNT]}},
+    "an account that lacks bytes": {"ledger": {"source_bytes": 9, "accounts": [{**ACCOUNT, "bytes": 9}]}},
+    "an account of what nobody knows": {"ledger": {"source_bytes": 4, "accounts": [{**ACCOUNT, "becomes": "x"}]}},
     "carried as null": {"carried": None},
     "carried that reports a number": {"carried": {"x": 5}},
     "carried that reports a list": {"carried": {"x": [[]]}},

@@ -6,8 +6,9 @@ import pytest
 from rich.console import Console
 
 from compressor.cli import render
-from compressor.cli.plan_table import one_by_one, ranges, rows_by_kind
+from compressor.cli.plan_table import one_by_one, rows_by_kind
 from compressor.engine.plan_records import PlanRow
+from compressor.model.name_kinds import ranges
 
 
 def row(name, format_name="int4", shape=(64, 128), size=100):

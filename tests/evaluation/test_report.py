@@ -49,7 +49,19 @@ def report(artifact):
     return json.loads((artifact / "report.json").read_text())
 
 
-SECTIONS = ("tool", "recipe", "model", "route", "seeds", "data", "sizes", "verification", "run", "environment")
+SECTIONS = (
+    "tool",
+    "recipe",
+    "model",
+    "route",
+    "seeds",
+    "data",
+    "sizes",
+    "ledger",
+    "verification",
+    "run",
+    "environment",
+)
 
 
 def test_a_stock_loader_counts_no_saturation_and_the_report_says_so(report):
@@ -100,6 +112,14 @@ def test_it_satisfies_its_schema_and_a_changed_one_does_not(report):
     ):
         with pytest.raises(jsonschema.ValidationError):
             validate_report({**report, **changed})
+
+
+def test_a_report_without_a_ledger_is_one_of_an_earlier_release(report):
+    row = {"name": "mtp.fc.weight", "bytes": 8, "reason": "the class doesn't know it", "carried": True}
+    earlier = {key: value for key, value in report.items() if key != "ledger"} | {"unused_tensors": [row]}
+    validate_report(earlier)
+    assert "tensors of the source" in render_markdown(report) and "Tensors of the source" in render_html(report)
+    assert "tensors of the source" not in render_markdown(earlier) + render_html(earlier).lower()
 
 
 def test_a_pass_may_add_values_of_its_own_to_its_rows_but_no_trees(report):

@@ -13,6 +13,7 @@ import torch
 from raising import raises
 
 from compressor.artifact.against_source import load_source
+from compressor.artifact.inspection import inspect_path
 from compressor.errors import ModelError
 from compressor.evaluation import eval_command
 from compressor.evaluation.eval_command import measure_model
@@ -20,7 +21,7 @@ from compressor.evaluation.model_loading import load_model, load_parts
 from compressor.model.checkpoint import open_checkpoint
 from compressor.model.fp8_source import dequantize_blocks
 from compressor.model.quantized_source import FORMATS, open_source
-from compressor.model.structure import inspect_model, read_structure
+from compressor.model.structure import read_structure
 from compressor.model.weight_names import read_parameter
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
@@ -170,7 +171,7 @@ def test_dense_values_are_those_of_the_owner(source):
     assert structure.checkpoint.content_sha256 == stored.content_sha256
     assert structure.checkpoint.weight_file_bytes == stored.weight_file_bytes
     assert str(structure.checkpoint.quantized) == said
-    assert inspect_model(directory).quantized == f"source has {said}; the baseline is the dequantized model"
+    assert inspect_path(str(directory)).quantized == f"source has {said}; the baseline is the dequantized model"
 
 
 def test_a_run_gives_the_artifact_of_the_dense_model(source, tmp_path):

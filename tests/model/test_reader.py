@@ -14,7 +14,7 @@ from raising import raises
 from safetensors.torch import load_file, save_file
 from same_model import differences
 
-from compressor.artifact import verify, writer
+from compressor.artifact import writer
 from compressor.artifact.loader import load
 from compressor.engine.block_io import PartSource, fill_part
 from compressor.engine.plan import make_plan
@@ -279,16 +279,6 @@ def router_model(tmp_path):
     model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.randn(4) * 0.01 + 8)
     model.save_pretrained(tmp_path / "m")
     return tmp_path / "m"
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Verify without a child process, which takes five seconds to start."""
-
-    def here(directory, probe, **more):
-        return verify.verify(directory, probe, **{"deep": True, **more})
-
-    monkeypatch.setattr(verify, "verify_in_child", here)
 
 
 def run(model, out, text=RTN):
