@@ -163,7 +163,6 @@ def verify(
     found = Findings()
     artifact = Artifact(directory, read_manifest(directory), open_checkpoint(directory))
     _check_files(artifact, sealed, found)
-    found.problems += ledger_problems(artifact.manifest, artifact.checkpoint, source)
     found.problems += carried_code_problems(directory, source, trust_remote_code, OWN_MODELING)
     if deep and not found.problems:
         found.loaded = "whole" if _fits(artifact, source, memory) else "parts"
@@ -175,6 +174,8 @@ def verify(
         original = SourceRequest(source, trust_remote_code, source_limit, room) if source is not None else None
         with room.mapped:
             _compare_models(artifact, probe, original, room, found)
+    if not found.problems:
+        found.problems += ledger_problems(artifact.manifest, artifact.checkpoint, source)
     return found
 
 

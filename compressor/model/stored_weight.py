@@ -60,7 +60,9 @@ class StoredWeight:
     @property
     def bias(self) -> str | None:
         """Name of the dense bias, if this format stores the bias too."""
-        return self.weight.bias if find_layer(self.format_name).holds_bias(self.format_params) else None
+        if self.weight.bias is None or not find_layer(self.format_name).holds_bias(self.format_params):
+            return None
+        return self.weight.bias
 
     @classmethod
     def from_dict(cls, entry: StoredEntry) -> StoredWeight:

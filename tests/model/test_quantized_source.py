@@ -13,13 +13,14 @@ import torch
 from raising import raises
 
 from compressor.artifact.against_source import load_source
-from compressor.artifact.inspection import inspect_path
 from compressor.errors import ModelError
 from compressor.evaluation import eval_command
 from compressor.evaluation.eval_command import measure_model
 from compressor.evaluation.model_loading import load_model, load_parts
 from compressor.model.checkpoint import open_checkpoint
+from compressor.model.fates import make_ledger
 from compressor.model.fp8_source import dequantize_blocks
+from compressor.model.ledger import problems_of
 from compressor.model.quantized_source import FORMATS, open_source
 from compressor.model.structure import read_structure
 from compressor.model.weight_names import read_parameter
@@ -167,11 +168,12 @@ def test_dense_values_are_those_of_the_owner(source):
         found = read_parameter(name, structure.bindings, structure.read, structure.model)
         assert found.dtype == meant.dtype and torch.equal(found, meant), name
     assert structure.bindings.unused == ()
+    assert problems_of(make_ledger(structure, structure, ()), structure.checkpoint) == []
     stored = open_checkpoint(directory)
     assert structure.checkpoint.content_sha256 == stored.content_sha256
     assert structure.checkpoint.weight_file_bytes == stored.weight_file_bytes
     assert str(structure.checkpoint.quantized) == said
-    assert inspect_path(str(directory)).quantized == f"source has {said}; the baseline is the dequantized model"
+    assert structure.overview().quantized == f"source has {said}; the baseline is the dequantized model"
 
 
 def test_a_run_gives_the_artifact_of_the_dense_model(source, tmp_path):

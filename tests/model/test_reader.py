@@ -414,8 +414,9 @@ def test_tensors_that_fill_nothing_are_carried_bit_for_bit(tmp_path, in_process)
         assert after[name].dtype == extra[name].dtype
         assert torch.equal(after[name].reshape(-1).view(torch.uint8), extra[name].reshape(-1).view(torch.uint8))
     assert computed not in after
-    assert {row["name"]: row["carried"] for row in report["unused_tensors"]} == {
-        name: name != computed for name in extra
+    became = {name: row["becomes"] for row in report["ledger"]["accounts"] for name in row["tensors"]}
+    assert {name: became[name] for name in extra} == {
+        name: "left out" if name == computed else "copied" for name in extra
     }
     assert [w["code"] for w in report["warnings"]] == ["unused-tensors"]
     weights = (tmp_path / "out" / "model.safetensors").stat().st_size
