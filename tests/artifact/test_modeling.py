@@ -76,7 +76,7 @@ RANKS = (1, 2)
 
 
 class SignLinear(Layer):
-    form = "signs"
+    format_name = "signs"
     helpers: ClassVar[tuple[str, ...]] = ("other_package.halves",)
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> None:
@@ -87,20 +87,20 @@ class SignLinear(Layer):
         self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spec: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
-        if spec["rank"] not in RANKS:
-            raise ShapeError(f"rank {spec['rank']}")
+    def empty(cls, shape: tuple[int, int], format_params: dict[str, Any], dtype: torch.dtype, bias: bool) -> Self:
+        if format_params["rank"] not in RANKS:
+            raise ShapeError(f"rank {format_params['rank']}")
         return cls(shape, dtype, bias)
 
-    def spec(self) -> dict[str, Any]:
+    def format_params(self) -> dict[str, Any]:
         return {"rank": 1}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight_signs": self.weight_signs, "weight_size": self.weight_size}
 
     @classmethod
-    def from_tensors(cls, spec: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
-        layer = cls.empty(tensors["weight_signs"].shape, spec, tensors["weight_size"].dtype, bias is not None)
+    def from_tensors(cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+        layer = cls.empty(tensors["weight_signs"].shape, format_params, tensors["weight_size"].dtype, bias is not None)
         layer.weight_signs, layer.weight_size = tensors["weight_signs"], tensors["weight_size"]
         return layer
 
@@ -121,7 +121,7 @@ class Signs(WeightPass):
     def traits(self):
         return Traits(reads="weights", stores="signs")
 
-    def spec(self, weight):
+    def format_params(self, weight):
         return {"rank": 1}
 
     def block(self, view):

@@ -274,17 +274,18 @@ def test_an_error_nobody_foresaw_keeps_its_traceback_and_is_told_in_json(monkeyp
 
 
 NOT_OURS = {
-    "a library reads past the end of a file": (EOFError("no more"), 1, "bug", "EOFError: no more", {}),
+    "a library reads past the end of a file": (EOFError("no more"), 1, "bug", "EOFError: no more", {"reason": "EOFError"}),
     "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted", "", {}),
-    "an abort of typer": (typer.Abort(), 1, "bug", "Abort", {}),
+    "an abort of typer": (typer.Abort(), 1, "bug", "Abort", {"reason": "Abort"}),
     "memory": (MemoryError(), 5, "preflight", "", {"reason": "out-of-memory", "cause": ""}),
     "memory, as torch says it": (RuntimeError("can't allocate memory: you tried 1 byte"), 5, "preflight", "1 byte",
                                  {"reason": "out-of-memory", "cause": "can't allocate memory: you tried 1 byte"}),
     "disk": (OSError(errno.ENOSPC, "No space left on device"), 5, "preflight", "", {"reason": "disk-full"}),
     "nesting": (RecursionError("maximum recursion depth exceeded"), 5, "preflight", "",
                 {"reason": "nested-too-deeply", "limit": sys.getrecursionlimit()}),
-    "a file": (OSError(errno.EIO, "Input/output error"), 1, "bug", "Input/output error", {}),
-    "a child": (ChildBug("ZeroDivisionError: in a child"), 1, "bug", "ZeroDivisionError", {}),
+    "a file": (OSError(errno.EIO, "Input/output error"), 1, "bug", "Input/output error",
+               {"reason": "OSError"}),
+    "a child": (ChildBug("ZeroDivisionError: in a child"), 1, "bug", "ZeroDivisionError", {"reason": "ChildBug"}),
     "a child that knew": (DependencyError("x is needed", where="export", hint="pip install x", data={"package": "x"}),
                           6, "missing-dependency", "export: x is needed. pip install x", {"package": "x"}),
 }  # fmt: skip

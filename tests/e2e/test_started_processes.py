@@ -52,4 +52,4 @@ def test_a_run_in_a_new_interpreter_is_killed_and_resumed(begun, tmp_path):
     assert kill_at(2, recipe, model, tmp_path / "out", of="commits")
     assert begun == ["compressor.contract"]
     report = compress(recipe, str(model), tmp_path / "out", measure=False, resume=True)
-    assert report["status"] == "ok" and report["run"]["resumed"] == [{"from_unit": 2}]
+    assert report["status"] == "ok" and report["run"]["resumed"] == [{"from_part": 2}]
