@@ -99,7 +99,7 @@ class SignLinear(Layer):
         return {"weight_signs": self.weight_signs, "weight_size": self.weight_size}
 
     @classmethod
-    def from_tensors(cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias: Tensor | None = None) -> Self:
+    def from_tensors(cls, format_params: dict[str, Any], tensors: dict[str, Tensor], bias=None) -> Self:
         layer = cls.empty(tensors["weight_signs"].shape, format_params, tensors["weight_size"].dtype, bias is not None)
         layer.weight_signs, layer.weight_size = tensors["weight_signs"], tensors["weight_size"]
         return layer

@@ -274,7 +274,8 @@ def test_an_error_nobody_foresaw_keeps_its_traceback_and_is_told_in_json(monkeyp
 
 
 NOT_OURS = {
-    "a library reads past the end of a file": (EOFError("no more"), 1, "bug", "EOFError: no more", {"reason": "EOFError"}),
+    "a library reads past the end of a file": (EOFError("no more"), 1, "bug", "EOFError: no more",
+                                               {"reason": "EOFError"}),
     "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted", "", {}),
     "an abort of typer": (typer.Abort(), 1, "bug", "Abort", {"reason": "Abort"}),
     "memory": (MemoryError(), 5, "preflight", "", {"reason": "out-of-memory", "cause": ""}),
