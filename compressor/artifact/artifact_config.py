@@ -42,7 +42,7 @@ def artifact_config(
         config["architectures"] = [f"Compressed{type(model).__name__}"]
         if is_reshaped(config):
             config[SHAPES], config[MODULES] = reshaping(config)
-        config["compressed_weights"] = dict(_custom_entry(format_name) for format_name in formats)
+        config["compressed_weights"] = dict(_custom_entry(stored) for stored in formats)
         config["auto_map"] = custom_auto_map(kind, model) | config.get("auto_map", {})
     return config
 

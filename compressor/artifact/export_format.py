@@ -160,10 +160,10 @@ def _why_reshaped(model: PreTrainedModel) -> tuple[str, Because]:
     """A change of the model that its stock class can't represent, and why."""
     shapes, modules = reshaping(model.config)
     name = next(iter(modules or shapes))
-    reported = {"removed": "replaces a removed part of the model", "resized": "has changed attributes"}
+    by_format = {"removed": "replaces a removed part of the model", "resized": "has changed attributes"}
     format_name = modules[name]["form"] if modules else None
     what = (
-        reported.get(format_name, f"is a {format_name}")
+        by_format.get(format_name, f"is a {format_name}")
         if format_name
         else f"has shape {shapes[name]}"
         if shapes[name]

@@ -99,8 +99,8 @@ class Unfilled:
         self.bindings = bind(self.model, dense_view(self.checkpoint, self.formats, self.model, self.dtype), self.dtype)
         _check_places(self.formats, self.bindings)
         _check_slices(self.formats, self.model)
-        for stored_weight in sorted({stored_weight.format_name for stored_weight in self.formats.values()}):
-            find_layer(stored_weight).prepare(self.model)
+        for format_name in sorted({stored.format_name for stored in self.formats.values()}):
+            find_layer(format_name).prepare(self.model)
         self.matrix_of: Callable[[StoredWeight], Tensor] = self._own_matrix
         self.mapped: MappedTensors | None = None
         self.modules = {

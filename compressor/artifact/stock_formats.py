@@ -67,7 +67,7 @@ def stocks_of(formats: Sequence[StoredWeight]) -> list[tuple[StoredWeight, Stock
 
 def described_by(formats: Sequence[StoredWeight]) -> list[Described]:
     """The weights that stock loaders can read, with their settings."""
-    return [(format_name, stock.settings) for format_name, stock in stocks_of(formats) if isinstance(stock, Stock)]
+    return [(stored, stock.settings) for stored, stock in stocks_of(formats) if isinstance(stock, Stock)]
 
 
 def _compressed_tensors_refuses(described: Sequence[Described], model: PreTrainedModel) -> list[tuple[str, Because]]:
@@ -195,7 +195,7 @@ def bitsandbytes_config(described: Sequence[Described], model: PreTrainedModel) 
 
 
 def _dense_modules(described: Sequence[Described], model: PreTrainedModel) -> list[str]:
-    stored = {module_of(format_name) for format_name, _ in described}
+    stored = {module_of(stored_weight) for stored_weight, _ in described}
     names = [name for name, module in model.named_modules() if _bitsandbytes_replaces(module)]
     return [name for name in names if name not in stored]
 

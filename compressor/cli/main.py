@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
                 json_line({"event": "stopping", "message": message})
         with contextlib.suppress(OSError):
             err.print(message, markup=False, highlight=False, soft_wrap=True)
-        stop.requested.set()
+        stop.announced.set()
 
     def last_words() -> None:
         if err.is_terminal:
@@ -81,7 +81,7 @@ def _tell(error: BaseException, stop: Stop, as_json: bool) -> int:
     known = _refusal(error, stop)
     if known is not None:
         if stop.is_asked():
-            stop.requested.wait(TELL_SECONDS)  # so that "stopping" comes before the error, if somebody reads it
+            stop.announced.wait(TELL_SECONDS)  # so that "stopping" comes before the error, if somebody reads it
         complain(known, as_json)
         return known.exit_code
     if getattr(error, "format_message", None) is not None:  # no arguments: the help is shown

@@ -143,9 +143,9 @@ def _begins_with_chat(rows: Rows) -> bool:
 
 def _message(message: Message, number: int, field: str, name: str, row: int) -> Message:
     where = f"{name}, row {row}"
-    reported = {key: part for key, part in message.items() if part is not None}  # None: a column of other rows
-    if "role" not in reported and isinstance(reported.get("from"), str):
-        speaker = reported.pop("from")
+    kept = {key: part for key, part in message.items() if part is not None}  # None: a column of other rows
+    if "role" not in kept and isinstance(kept.get("from"), str):
+        speaker = kept.pop("from")
         if speaker not in SPEAKERS:
             raise RecipeError(
                 f"message {number} in {field!r} is from {speaker[:40]!r}, which is no known speaker",
@@ -153,15 +153,13 @@ def _message(message: Message, number: int, field: str, name: str, row: int) -> 
                 hint=f"Write one of {', '.join(SPEAKERS)}; or write `role` and `content` in place of `from`.",
                 data={"reason": "unknown-speaker", "message": number, "field": field, "speaker": speaker[:40]},
             )
-        value = {"content": reported.pop("value")} if "value" in reported else {}
-        reported = {"role": SPEAKERS[speaker], **value, **reported}
-    if calls := reported.get("tool_calls"):
-        reported["tool_calls"] = _calls(calls)
-        reported.setdefault("content", "")
+        value = {"content": kept.pop("value")} if "value" in kept else {}
+        kept = {"role": SPEAKERS[speaker], **value, **kept}
+    if calls := kept.get("tool_calls"):
+        kept["tool_calls"] = _calls(calls)
+        kept.setdefault("content", "")
     for key in ("role", "content"):
-        texts = (
-            _parts(reported[key]) if key == "content" and isinstance(reported.get(key), list) else [reported.get(key)]
-        )
+        texts = _parts(kept[key]) if key == "content" and isinstance(kept.get(key), list) else [kept.get(key)]
         if not texts or not all(isinstance(text, str) for text in texts):
             raise RecipeError(
                 f"message {number} in {field!r} has no text in {key!r}",
@@ -171,7 +169,7 @@ def _message(message: Message, number: int, field: str, name: str, row: int) -> 
             )
         for text in texts:
             text_of(text, f"{field}.{key}", name, row)
-    return reported
+    return kept
 
 
 def _parts(content: list[Any]) -> list[Any]:

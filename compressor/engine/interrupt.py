@@ -28,13 +28,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Stop:
     """A request to stop, made by a signal, and whether a request is still accepted.
 
-    work  the work directory of the run, once it exists
-    told  set once the user has been told that the work is stopping
+    work       the work directory of the run, once it exists
+    announced  set once the user has been told that the work is stopping
     """
 
     def __init__(self) -> None:
         self.work: Path | None = None
-        self.requested = threading.Event()
+        self.announced = threading.Event()
         self._asked, self._is_closed = threading.Event(), False
         self._lock = threading.RLock()  # the signal handler may run inside `close`, in the same thread
 

@@ -283,8 +283,8 @@ class DecidedPlan(Plan):
     """A plan made in the run, for the sweeps after a pass has chosen the shapes of the model.
 
     The model, the selected weights and the export format follow from these shapes. What a pass chooses for single
-    weights while they are stored (`WeightPass.alternatives`) is in no plan: forms, rows and sizes have the format that
-    the pass promises, as in the plan before the run. What was stored is in `engine.sweep.Outcome`.
+    weights while they are stored (`WeightPass.alternatives`) is in no plan: formats, rows and sizes have the format
+    that the pass promises, as in the plan before the run. What was stored is in `engine.sweep.Outcome`.
 
     decisions  step path -> what the step chose
     """

@@ -42,46 +42,32 @@ def follow_formats(recipe: Recipe, structure: Structure, selected: Selected, fin
         before = {weight.name: _format_of(weight, formats) for weight in selected[step.path]}
         accepts = settings.traits.accepts
         for weight in selected[step.path]:
-            name, format_name = weight.name, None
+            name = weight.name
             stored = settings.stored(weight) if before[name] in accepts else None
             if stored is None:
                 continue
+            dense_bytes = after = _dense_bytes(weight, structure.dtype)
             if stored != DENSE:
                 try:
-                    format_name = _stored_weight(step, settings, weight, stored, structure.bindings.tied)
+                    formats[name] = _stored_weight(step, settings, weight, stored, structure.bindings.tied)
                 except CompressError as problem:
                     findings.problems.append(problem)
                     continue
-                formats[name], stored_by[name] = format_name, step
-            if format_name is not None and _is_counted_dense(settings, format_name, structure.dtype):
+                stored_by[name] = step
+                after = sum(size for *_, size in stored_tensors(formats[name], structure.dtype))
+            if dense_bytes > after and _may_stay_dense(settings, weight):
                 counted_dense.add(name)
-                format_name = None
-            rows.append(_row(number, step, weight, (before[name], stored), format_name, structure.dtype))
+                after = dense_bytes
+            size = {"bytes_before": dense_bytes, "bytes_after": after}
+            rows.append(PlanRow(name, weight.shape, weight.role, number, step.name, before[name], stored, **size))
         if refused := [name for name, found in before.items() if found not in accepts]:
             findings.problems.append(_stored_already(step, refused, stored_by[refused[0]]))
         findings.problems += _problems_with(step, settings, selected[step.path])
     return Formats(tuple(rows), formats, frozenset(counted_dense))
 
 
-def _row(
-    number: int, step: Step, weight: Weight, formats: tuple[str, str], counted: StoredWeight | None, dtype: torch.dtype
-) -> PlanRow:
-    """What a step does to a weight.
-
-    formats  before and after the step
-    counted  the form whose bytes are counted after the step; None: the dense weight
-    """
-    before = _dense_bytes(weight, dtype)
-    after = before if counted is None else _stored_bytes(counted, dtype)
-    return PlanRow(weight.name, weight.shape, weight.role, number, step.name, *formats, before, after)
-
-
 def _dense_bytes(weight: Weight, dtype: torch.dtype) -> int:
     return math.prod(weight.shape) * dtype.itemsize if weight.shape else 0  # functions have no shape
-
-
-def _stored_bytes(stored: StoredWeight, dtype: torch.dtype) -> int:
-    return sum(size for *_, size in stored_tensors(stored, dtype))
 
 
 def _format_of(weight: Weight, formats: dict[str, StoredWeight]) -> str:
@@ -90,13 +76,6 @@ def _format_of(weight: Weight, formats: dict[str, StoredWeight]) -> str:
 
 def _may_stay_dense(settings: WeightPass, weight: Weight) -> bool:
     return DENSE in settings.alternatives(weight)
-
-
-def _is_counted_dense(settings: WeightPass, stored: StoredWeight, dtype: torch.dtype) -> bool:
-    """Whether the weight may stay dense and would then be larger, so that the plan counts its dense bytes."""
-    return _may_stay_dense(settings, stored.weight) and _dense_bytes(stored.weight, dtype) > _stored_bytes(
-        stored, dtype
-    )
 
 
 def _stored_weight(step: Step, settings: WeightPass, weight: Weight, stored: str, tied: dict[str, str]) -> StoredWeight:

@@ -52,7 +52,7 @@ class Answer:
     func: Any
     leaves: list[Any]
     tensors: tuple[int, ...]  # which leaves are tensors
-    format_params: TreeSpec | None  # None: the one leaf is the result itself
+    tree_spec: TreeSpec | None  # None: the one leaf is the result itself
 
 
 @dataclass
@@ -197,7 +197,7 @@ class _Replayed(ObservedMatmuls):
         for at in answer.tensors:
             if leaves[at] is None:
                 leaves[at] = torch.empty(0).as_subclass(Forgotten)
-        return leaves[0] if answer.format_params is None else tree_unflatten(leaves, answer.format_params)
+        return leaves[0] if answer.tree_spec is None else tree_unflatten(leaves, answer.tree_spec)
 
 
 class _Recorded(_Replayed):
@@ -227,11 +227,11 @@ class _Recorded(_Replayed):
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        flat, format_params = ([result], None) if isinstance(result, Tensor) else tree_flatten(result)
+        flat, tree_spec = ([result], None) if isinstance(result, Tensor) else tree_flatten(result)
         tensors = tuple(at for at, leaf in enumerate(flat) if isinstance(leaf, Tensor))
         if tensors or _has_tensor(args) or _has_tensor(kwargs):
             leaves: list[Any] = [weakref.ref(leaf) if isinstance(leaf, Tensor) else leaf for leaf in flat]
-            self.recorded.answers.append(Answer(func, leaves, tensors, format_params))
+            self.recorded.answers.append(Answer(func, leaves, tensors, tree_spec))
 
     def _hold(self) -> None:
         """Keep the tensors that the frames refer to now, and release the others."""

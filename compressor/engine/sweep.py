@@ -104,8 +104,8 @@ def _run_sweeps(sweeper: Sweeper) -> Outcome:
 
 def _prepare(sweeper: Sweeper, plan: Plan) -> None:
     """Prepare the current model for the formats of the steps that store weights."""
-    for stored in sorted({stored.format_name for stored in plan.formats.values()}):
-        find_layer(stored).prepare(sweeper.structure.model)
+    for format_name in sorted({stored.format_name for stored in plan.formats.values()}):
+        find_layer(format_name).prepare(sweeper.structure.model)
 
 
 def _begin_reshape(sweeper: Sweeper, plan: Plan, number: int, step: Step, before: Written) -> Plan:

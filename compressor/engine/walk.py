@@ -111,11 +111,7 @@ class Written:
 def part_formats(source: PartSource, number: int) -> dict[str, StoredWeight]:
     """The formats in this part, out of all formats that the source knows."""
     names = source.names(number) if source.formats else []
-    return {
-        name: format_name
-        for name, format_name in source.formats.items()
-        if any(t.startswith(name + ".") for t in names)
-    }
+    return {name: stored for name, stored in source.formats.items() if any(t.startswith(name + ".") for t in names)}
 
 
 @dataclass(frozen=True)

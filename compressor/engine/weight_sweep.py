@@ -218,7 +218,7 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
 def _commit(sweep: StoringSweep, part: int, changes: Changes) -> None:
     """Commit a part as the steps have left it."""
     structure, source = sweep.sweeper.structure, sweep.source_before(part)
-    formats = part_formats(source, part) | {name: format_name for name, (format_name, _) in changes.put.items()}
+    formats = part_formats(source, part) | {name: stored for name, (stored, _) in changes.put.items()}
     values: dict[str, Tensor] = {}
     for name in sorted(changes.written):
         values |= split_parameter(structure, name, structure.model.get_parameter(name).data)

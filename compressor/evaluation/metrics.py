@@ -189,9 +189,7 @@ def _gate_intervals(
         before = metric.drawn(before_means)
         drawn |= {"increase_percent": 100 * (after / before - 1), "drop_points": 100 * (before - after)}
     tails = ((1 - confidence) / 2, (1 + confidence) / 2)
-    return {
-        format_name: [_finite(float, float(values.quantile(q))) for q in tails] for format_name, values in drawn.items()
-    }
+    return {name: [_finite(float, float(values.quantile(q))) for q in tails] for name, values in drawn.items()}
 
 
 def unmeasured(names: Iterable[str], reason: str) -> dict[str, MetricRow]:

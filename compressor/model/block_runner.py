@@ -37,24 +37,22 @@ class Answer:
     hidden  number of the leaf that is the hidden states
     """
 
-    format_params: TreeSpec
+    tree_spec: TreeSpec
     leaves: tuple[Any, ...]
     hidden: int
 
     @classmethod
     def of(cls, output: Any) -> Answer:
         """raises TypeError for an output without a tensor"""
-        leaves, format_params = tree_flatten(output)
+        leaves, tree_spec = tree_flatten(output)
         at = next((number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
         if at is None:
             raise TypeError(f"a block gives {type(output).__name__} without a tensor")
-        return cls(format_params, tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves), at)
+        return cls(tree_spec, tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves), at)
 
     def around(self, hidden: Tensor) -> Any:
         """The output of the block with these hidden states."""
-        return tree_unflatten(
-            [*self.leaves[: self.hidden], hidden, *self.leaves[self.hidden + 1 :]], self.format_params
-        )
+        return tree_unflatten([*self.leaves[: self.hidden], hidden, *self.leaves[self.hidden + 1 :]], self.tree_spec)
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -78,6 +78,11 @@ class Checkpoint:
         return self.config.get("quantization_config")
 
     @property
+    def in_files(self) -> dict[str, TensorInfo]:
+        """Every tensor of the files, also those of which another shard's is read."""
+        return {**self.stored, **self.shadowed}
+
+    @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 

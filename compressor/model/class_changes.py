@@ -26,7 +26,7 @@ class ClassChanges(TypedDict):
     compressed_modules: NotRequired[Mapping[str, ModuleEntry]]
 
 
-class RemovedSpec(TypedDict):
+class RemovedParams(TypedDict):
     """See `compressor.layers.structural.removed`."""
 
     returns: int | None
@@ -35,14 +35,14 @@ class RemovedSpec(TypedDict):
     of: str
 
 
-class ResizedSpec(TypedDict):
+class ResizedParams(TypedDict):
     """See `compressor.layers.structural.resized`."""
 
     attributes: Mapping[str, int]
     eps: NotRequired[float]
 
 
-class RmsNormSpec(TypedDict):
+class RmsNormParams(TypedDict):
     """See `compressor.layers.structural.rms_norm`."""
 
     width: int
@@ -61,9 +61,9 @@ def changed_modules(config: Mapping[str, Any]) -> dict[str, ModuleEntry]:
 
 def rms_norm_entry(divisor: int, eps: float, width: int) -> ModuleEntry:
     """A norm without gain over `width` values that divides the sum of squares by `divisor`."""
-    format_params: RmsNormSpec = {"width": divisor, "eps": eps}
+    format_params: RmsNormParams = {"width": divisor, "eps": eps}
     return {"form": "rms_norm", "spec": format_params, "shape": [width]}
 
 
-def resized_entry(format_params: ResizedSpec) -> ModuleEntry:
+def resized_entry(format_params: ResizedParams) -> ModuleEntry:
     return {"form": "resized", "spec": format_params, "shape": []}

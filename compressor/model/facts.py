@@ -202,7 +202,7 @@ class GateSettings(TypedDict):
     minimum: int
 
 
-class GateSpec(GateSettings):
+class GateParams(GateSettings):
     """All parameters of a `token_gate`: see `compressor.layers.structural.token_gate`."""
 
     attention: str
@@ -250,7 +250,7 @@ class TokenFacts:
     blocks: tuple[BlockTokens, ...]
     outside: int
 
-    def gate(self, block: int, before: Sequence[float], settings: GateSettings) -> GateSpec:
+    def gate(self, block: int, before: Sequence[float], settings: GateSettings) -> GateParams:
         """Settings of a `token_gate` in a block, after gates that keep these shares (`before`)."""
         found = self.blocks[block]
         return {

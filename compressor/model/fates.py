@@ -52,12 +52,12 @@ def make_ledger(
     rewritings  in the order of the steps
     """
     checkpoint = source.checkpoint
-    stored = {**checkpoint.stored, **checkpoint.shadowed}
+    held = checkpoint.in_files
     accounts: dict[tuple[str, str], Account] = {}
     for name, fate in _fates(source, _Result(source, result, list(formats), rewritings)):
         new: Account = {"becomes": fate.becomes, "how": fate.how, "bytes": 0, "tensors": {}}
         account = accounts.setdefault((fate.becomes, fate.how), new)
-        nbytes = stored[name].nbytes if name in stored else 0  # `problems_of` tells of a name that isn't in the files
+        nbytes = held[name].nbytes if name in held else 0  # `problems_of` tells of a name that isn't in the files
         account["tensors"][name] = nbytes
         account["bytes"] += nbytes
         if fate.into not in ((), (name,), (name.removesuffix(".weight"),)):

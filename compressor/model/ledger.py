@@ -41,12 +41,12 @@ class Ledger(TypedDict):
 
 def source_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of all tensors in the files of a checkpoint."""
-    return sum(info.nbytes for infos in (checkpoint.stored, checkpoint.shadowed) for info in infos.values())
+    return sum(info.nbytes for info in checkpoint.in_files.values())
 
 
 def problems_of(ledger: Ledger, checkpoint: Checkpoint) -> list[str]:
     """Differences between a ledger and the files of its source, each as a sentence; none if it balances."""
-    held = {name: info.nbytes for infos in (checkpoint.stored, checkpoint.shadowed) for name, info in infos.items()}
+    held = {name: info.nbytes for name, info in checkpoint.in_files.items()}
     counts: Counter[str] = Counter()
     reported: dict[str, int] = {}
     for account in ledger["accounts"]:

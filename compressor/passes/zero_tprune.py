@@ -45,7 +45,7 @@ from compressor.layers.structural.token_counts import block_macs, gate_macs, kep
 from compressor.lazy import torch
 from compressor.methods.divergence import kl_divergence
 from compressor.model.class_changes import ClassChanges, changed_modules
-from compressor.model.facts import BlockTokenAccount, GateSettings, GateSpec, TokenAccount
+from compressor.model.facts import BlockTokenAccount, GateParams, GateSettings, TokenAccount
 from compressor.protocol import (
     DataSize,
     Decision,
@@ -231,7 +231,7 @@ class ZeroTPrune(TokenPass):
             tokens=tokens,
         )
 
-    def gates(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, GateSpec]:
+    def gates(self, facts: TokenFacts, rates: Mapping[int, float]) -> dict[int, GateParams]:
         """Settings of the `token_gate` of each block, from the first block that drops tokens."""
         before: list[float] = []
         found = {}
@@ -517,7 +517,7 @@ class _Search:
             yield (output if output.dim() == 2 else output.mean(1, keepdim=True)).double()
 
     @contextmanager
-    def _gated(self, block: int, gate: GateSpec | None) -> Iterator[None]:
+    def _gated(self, block: int, gate: GateParams | None) -> Iterator[None]:
         from compressor.layers.structural.token_gate import TokenGate
 
         with ExitStack() as stack:

@@ -54,12 +54,12 @@ class Ratio(TypedDict):
 @dataclass(frozen=True)
 class Gated:
     """metrics   the entries of `eval.metrics`, any of which measures it; empty: it is always known
-    formats   allowed suffixes of a gate on it; a change can be bounded only if `before` is measured too
+    suffixes  allowed suffixes of a gate on it; a change can be bounded only if `before` is measured too
     compares  whether the value itself compares two models
     """
 
     metrics: frozenset[str]
-    formats: tuple[str, ...]
+    suffixes: tuple[str, ...]
     compares: bool
 
 
@@ -72,7 +72,7 @@ GATED = {
         for name in ("decode_speed_ratio", "prefill_speed_ratio", "load_seconds_ratio", "peak_memory_ratio")
     },
 }
-GATE_NAMES = tuple(metric + format_name for metric, gated in GATED.items() for format_name in gated.formats)
+GATE_NAMES = tuple(metric + suffix for metric, gated in GATED.items() for suffix in gated.suffixes)
 SPEED_RATIOS = {
     "decode_speed_ratio": "decode_tokens_per_second",
     "prefill_speed_ratio": "prefill_tokens_per_second",
@@ -83,8 +83,8 @@ SPEED_RATIOS = {
 
 def split_gate(name: str) -> tuple[str, str]:
     """NAME_min -> (NAME, "_min"); a name without suffix has the form ""."""
-    format_name = next((suffix for suffix in (*CHANGE, "_min") if name.endswith(suffix)), "")
-    return name.removesuffix(format_name), format_name
+    suffix = next((known for known in (*CHANGE, "_min") if name.endswith(known)), "")
+    return name.removesuffix(suffix), suffix
 
 
 def unknown_gate(name: str) -> str | None:
@@ -93,16 +93,16 @@ def unknown_gate(name: str) -> str | None:
         return None
     metric, _ = split_gate(name)
     if metric in GATED:
-        formats = ", ".join(metric + known for known in GATED[metric].formats)
-        return f"{metric} has no value before, so {name!r} has nothing to bound; there are {formats}"
+        names = ", ".join(metric + known for known in GATED[metric].suffixes)
+        return f"{metric} has no value before, so {name!r} has nothing to bound; there are {names}"
     near = difflib.get_close_matches(name, GATE_NAMES, 1)
     return f"unknown gate {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(GATED)}")
 
 
 def compares_models(name: str) -> bool:
     """Whether a gate needs a second model: a change, a ratio, or a distance between two."""
-    metric, format_name = split_gate(name)
-    return format_name in CHANGE or GATED[metric].compares
+    metric, suffix = split_gate(name)
+    return suffix in CHANGE or GATED[metric].compares
 
 
 def unmeasured_gates(names: Iterable[str], metrics: Iterable[str]) -> dict[str, str]:
@@ -178,13 +178,13 @@ def _check(
     sizes: Ratio,
     confidence: float | None,
 ) -> GateRow:
-    metric, format_name = split_gate(name)
+    metric, suffix = split_gate(name)
     row = _ratio_row(metric, speed, sizes) if metric.endswith("_ratio") else metrics.get(metric)
     before, after = (row.get("before"), row.get("after")) if row else (None, None)
     intervals = row.get("intervals", {}) if row and confidence is not None else {}
-    interval = intervals.get(format_name[1:] if format_name in CHANGE else "value")
-    value = _value(format_name, before, after)
-    lower = format_name == "_min"
+    interval = intervals.get(suffix[1:] if suffix in CHANGE else "value")
+    value = _value(suffix, before, after)
+    lower = suffix == "_min"
     passed = value is not None and (value >= bound if lower else value <= bound)
     if value is not None and not passed and interval:
         low, high = interval
@@ -210,11 +210,11 @@ def _ratio_row(metric: str, speed: Mapping[str, Pair], sizes: Ratio) -> SampledP
     return {"after": after / before} if before and after is not None else None
 
 
-def _value(format_name: str, before: float | None, after: float | None) -> float | None:
+def _value(suffix: str, before: float | None, after: float | None) -> float | None:
     if after is None:
         return None
-    if format_name == "_increase_percent":
+    if suffix == "_increase_percent":
         return None if not before else 100 * (after - before) / before
-    if format_name == "_drop_points":
+    if suffix == "_drop_points":
         return None if before is None else 100 * (before - after)
     return after

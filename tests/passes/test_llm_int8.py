@@ -105,7 +105,7 @@ def test_dynamic_outliers_take_bitsandbytes_and_calibrated_ones_the_modeling_fil
     )
     settings = config["quantization_config"]
     assert settings["llm_int8_threshold"] == 6.0 and isinstance(settings["llm_int8_threshold"], float)
-    stored = {export.module_of(format_name) for format_name in formats}
+    stored = {export.module_of(stored_weight) for stored_weight in formats}
     linears = {name for name, module in plan.structure.model.named_modules() if isinstance(module, nn.Linear)}
     assert linears - stored <= set(settings["llm_int8_skip_modules"])
     kept = make_plan(recipe({"outliers": "calibrated"}), str(tmp_path / "m"), prove=False)

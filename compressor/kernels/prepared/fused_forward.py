@@ -277,8 +277,8 @@ class FusedAttention(FusedForward):
             q, k = module.q_norm(q), module.k_norm(k)
         q, k, v = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v.transpose(1, 2)
         if cache is not None:
-            reported = {"kwargs": rest} if self.passes_kwargs else {}
-            k, v = cache.update(k, v, module.layer_idx, **reported)
+            more = {"kwargs": rest} if self.passes_kwargs else {}
+            k, v = cache.update(k, v, module.layer_idx, **more)
         y, weights = attend(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **rest)
         return module.o_proj(y.reshape(*lead, -1).contiguous()), weights
 

@@ -62,11 +62,11 @@ class Places:
     projections: tuple[MaskedProjection, ...]
     norms: tuple[StreamNorm, ...] = ()
 
-    def names(self, unit: int) -> list[str]:
+    def names(self, part: int) -> list[str]:
         found = [
             name
             for projection in self.projections
-            if projection.part == unit
+            if projection.part == part
             for name in (projection.name, projection.switch)
         ]
         return [name for name in found if name is not None]
@@ -116,15 +116,15 @@ def masked_norm(
 
 
 @contextmanager
-def masked(model: RunnableModel, unit: int, masks: Mapping[str, torch.Tensor], places: Places) -> Iterator[None]:
+def masked(model: RunnableModel, part: int, masks: Mapping[str, torch.Tensor], places: Places) -> Iterator[None]:
     """Multiply the inputs of a part's output projections by their masks while the part runs."""
     with ExitStack() as stack:
         for projection in places.projections:
-            if projection.part == unit and (z := _expanded(projection, masks)) is not None:
+            if projection.part == part and (z := _expanded(projection, masks)) is not None:
                 module = model.module(projection.module)
                 stack.callback(module.register_forward_pre_hook(_multiplied(z)).remove)
         for place in places.norms:
-            if place.part == unit and STREAM in masks:
+            if place.part == part and STREAM in masks:
                 hook = _renormed(masks[STREAM].unsqueeze(1), place.norm)
                 stack.callback(model.module(place.module).register_forward_hook(hook).remove)
         yield
@@ -145,12 +145,12 @@ def run_blocks(model: RunnableModel, draws: Sequence[Draw], places: Places, stre
     """Run all blocks without gradients. Every draw keeps the stream before each of them."""
     for draw, stream in zip(draws, streams, strict=True):
         draw.entered = [stream]
-    for unit in range(1, model.parts - 1):
-        with model.loaded(unit), torch.no_grad():
+    for part in range(1, model.parts - 1):
+        with model.loaded(part), torch.no_grad():
             for draw in draws:
                 fixed = {name: z.detach() for name, z in draw.masks.items()}
-                with masked(model, unit, fixed, places):
-                    draw.entered.append(model.run(unit, draw.batch, draw.entered[-1]))
+                with masked(model, part, fixed, places):
+                    draw.entered.append(model.run(part, draw.batch, draw.entered[-1]))
 
 
 def gradients(
@@ -169,18 +169,18 @@ def gradients(
     with model.loaded(head), torch.enable_grad():
         for draw in draws:
             last = draw.entered[-1].detach().requires_grad_()
-            for part in loss(draw.batch, last, masked_head(model, draw, places, last)):
-                whole = weight * part.sum()
+            for losses in loss(draw.batch, last, masked_head(model, draw, places, last)):
+                whole = weight * losses.sum()
                 whole.backward()
                 total += float(whole.detach())
             assert last.grad is not None
             slopes.append(last.grad)
-    for unit in range(head - 1, 0, -1):
-        with model.loaded(unit), torch.enable_grad():
+    for part in range(head - 1, 0, -1):
+        with model.loaded(part), torch.enable_grad():
             for number, draw in enumerate(draws):
-                before = draw.entered[unit - 1].detach().requires_grad_()
-                with masked(model, unit, draw.masks, places):
-                    after = model.run(unit, draw.batch, before)
+                before = draw.entered[part - 1].detach().requires_grad_()
+                with masked(model, part, draw.masks, places):
+                    after = model.run(part, draw.batch, before)
                 torch.autograd.backward(after, slopes[number])
                 assert before.grad is not None
                 slopes[number] = before.grad

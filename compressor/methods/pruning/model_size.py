@@ -30,7 +30,7 @@ def model_size(
     along = dict(stream_edges(facts.residual)) if narrows else {}
     inside = f"{facts.blocks}."
     heads = facts.residual.end.consumers if (of, measure) == ("model", "flops") else ()
-    multiplied = {projection.parameter for projection in heads}
+    multiplied = {consumer.parameter for consumer in heads}
     rest: dict[str, int] = {}  # parameter -> entries that belong to no unit
     for name, shape in facts.shapes.items():
         is_counted = name.startswith(inside) or (of == "model" and (measure == "parameters" or name in multiplied))

@@ -25,8 +25,8 @@ from compressor.errors import Because, PreflightError, values_of
 from compressor.model.class_changes import (
     ClassChanges,
     ModuleEntry,
-    RemovedSpec,
-    ResizedSpec,
+    RemovedParams,
+    ResizedParams,
     changed_modules,
     changed_shapes,
     resized_entry,
@@ -304,7 +304,7 @@ def _custom(
     why: str | None,
 ) -> Redefinition:
     modules = changed_modules(facts.config)
-    reported: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for kind in KINDS:  # a number that the class can't have block by block may be possible in the config
         alike = [prunable for prunable in prunables if prunable.kind == kind and prunable.layout.per_layer]
         found = _kind_config(alike, decision)
@@ -316,7 +316,7 @@ def _custom(
                 hint="Set uniform: true if the pass is vtrans; where it is greedy_removal, remove only whole blocks.",
                 data={"reason": "blocks-differ", "kind": kind},
             )
-        reported |= {} if isinstance(found, str) else found
+        config |= {} if isinstance(found, str) else found
     for prunable in prunables:
         units = len(kept_units(prunable, decision))
         if not units:
@@ -326,7 +326,7 @@ def _custom(
             )
         elif units < prunable.units and not prunable.layout.per_layer:
             for path, attributes in _resized_attributes(prunable, units).items():
-                before = cast(ResizedSpec, modules[path]["spec"])["attributes"] if path in modules else {}
+                before = cast(ResizedParams, modules[path]["spec"])["attributes"] if path in modules else {}
                 modules[path] = resized_entry({"attributes": {**before, **attributes}})
     if (channels := kept_channels(facts, decision)) is not None:
         for norm in facts.residual.norms():
@@ -339,14 +339,14 @@ def _custom(
     earlier = changed_shapes(facts.config)
     kept = {name: shape for name, shape in earlier.items() if shapes.get(name, ()) is not None}
     own = ClassChanges(compressed_shapes={**kept, **held}, compressed_modules=dict(sorted(modules.items())))
-    return Redefinition({**reported, **own}, dict(shapes))
+    return Redefinition({**config, **own}, dict(shapes))
 
 
 def removed_modules(prunable: PrunableModule, width: int) -> dict[str, ModuleEntry]:
     """The layers that replace a removed sub-block; `width` is that of its output projection's output."""
     modules: dict[str, ModuleEntry] = {}
     for entry in prunable.layout.removal or ():
-        format_params: RemovedSpec = {
+        format_params: RemovedParams = {
             "returns": entry.returns,
             "layer": entry.layer,
             "has_bias": bool(entry.adds and prunable.bias is not None),
