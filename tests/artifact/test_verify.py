@@ -13,6 +13,7 @@ import transformers as hf
 import yaml
 from raising import raises
 from safetensors.torch import load_file, save_file
+from tiers import every_day
 
 from compressor import run as running
 from compressor.artifact import generation, streaming
@@ -61,7 +62,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", every_day(CASES, "llama", "experts in one tensor", "tied"))
 def test_a_sound_artifact_equals_its_source_in_memory_and_from_disk(kind, built, tmp_path):
     family, steps = CASES[kind]
     options = {"export": {"format": "custom"}} if kind == "a custom format" else {}
@@ -150,6 +151,7 @@ MISREAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", MISREAD)
 def test_an_artifact_of_a_misread_source_is_found(fault, built, tmp_path):
     change, name = MISREAD[fault]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 import torch
 from data_settings import ask
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ def test_it_is_small_and_loads_with_plain_transformers():
     assert model.config.num_key_value_heads < model.config.num_attention_heads
 
 
+@pytest.mark.slow
 def test_its_perplexity_is_at_most_a_twentieth_of_a_unigram_models():
     train = torch.stack(load_samples(ask(samples=300, length=512), demo_path(), seed=0, vocabulary=2048).inputs)
     settings = ask(split="heldout", samples=16, length=512)

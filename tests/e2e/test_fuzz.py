@@ -140,6 +140,7 @@ def configs(models):
     return {family: (path / "config.json").read_text() for family, path in models.items()}
 
 
+@pytest.mark.slow
 @inputs(60)
 @given(st.sampled_from(FAMILIES), edits)
 @example("llama", [("set", 0, VALUES.index([3]))])  # architectures

@@ -196,6 +196,7 @@ def stopped(chosen, model, output):
         compress(chosen, str(model), output, measure=False, emit=ask)
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_data_and_other_versions_and_names_them(reader, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("def f(x):\n    return x + 1\n" * 40)

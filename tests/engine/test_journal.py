@@ -49,6 +49,7 @@ def contents(work):
     return {path.relative_to(work).as_posix(): path.read_bytes() for path in work.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_kill_at_every_durable_step_leaves_a_journal_that_finishes_to_the_same_bytes(tmp_path):
     assert work_on(tmp_path / "whole", 10_000).stdout == "finished\n"
     expected = contents(tmp_path / "whole")

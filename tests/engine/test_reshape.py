@@ -115,6 +115,7 @@ def test_a_globally_sliced_model_is_a_stock_model_of_a_smaller_width(tmp_path):
     assert made[:, 4:].equal(stock(input_ids=made[:, :-1]).logits[:, 3:].argmax(-1))
 
 
+@pytest.mark.slow
 def test_a_model_whose_stream_needs_fewer_directions_loses_nothing_with_the_rest_cut(tmp_path):
     """Everything that writes to the stream lies in 24 of 32 directions."""
     dense = tiny.build("llama", seed=1)
@@ -210,6 +211,7 @@ def test_settings_of_no_sense_are_refused(tmp_path):
     assert problem.where == "slicegpt.round_to" and problem.data["width"] == 32
 
 
+@pytest.mark.slow
 def test_a_sparsity_that_makes_a_model_larger_is_refused_with_the_least_that_helps(tmp_path):
     """Untying the head costs more than a tenth of the width saves."""
     model = tiny.save("qwen3", tmp_path / "model", vocab_size=512)
@@ -225,6 +227,7 @@ def test_a_sparsity_that_makes_a_model_larger_is_refused_with_the_least_that_hel
         assert bool(found.problems) == grows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", ["global", "per_site"])
 def test_too_few_calibration_tokens_are_said_in_the_report(orientation, tmp_path):
     model = tiny.save("llama", tmp_path / "model")

@@ -109,6 +109,7 @@ def test_auto_where_no_per_site_model_is_as_small_says_so(tmp_path):
     assert "per_site has more than" in decision["notes"][0]
 
 
+@pytest.mark.slow
 def test_widths_by_variance_stay_within_the_size_of_one_width_and_lose_less(model, tmp_path):
     report = compress(recipe(VARIANCE), str(model), tmp_path / "out", measure=False)
     sliced = report["reshapes"][1]

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from tiers import every_day
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -190,6 +191,7 @@ def test_seconds_add_up_over_kinds_of_work():
     assert seconds(work, replace(ONES, products=2.0, stored=5.0)) == 7.0
 
 
+@pytest.mark.slow
 def test_every_kind_of_work_has_a_rate():
     rates = measure_rates(torch.bfloat16, torch.device("cpu"))
     assert all(rate > 0 for rate in vars(rates).values())
@@ -241,7 +243,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind", every_day(STEPS, "slicegpt"))
 def test_the_operations_of_a_pass_that_changes_the_model_are_those_that_it_counts(kind, tmp_path, monkeypatch):
     torch.manual_seed(0)
     widths = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}

@@ -142,6 +142,7 @@ def test_a_plan_spills_hidden_states_only_if_they_do_not_fit(tmp_path):
     assert sizes(b"100MiB")[1] == ["memory"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "maps"),
     [

@@ -15,6 +15,7 @@ import transformers as hf
 import yaml
 from raising import raises
 from safetensors.torch import save_file
+from tiers import every_day
 
 from compressor import run as running
 from compressor.artifact.findings import Findings
@@ -128,7 +129,7 @@ IN_PARTS = {
 }
 
 
-@pytest.mark.parametrize("kind", IN_PARTS)
+@pytest.mark.parametrize("kind", every_day(IN_PARTS, *[kind for kind in list(IN_PARTS)[::2]]))
 def test_quality_measured_in_parts_is_that_of_whole_models(kind, tmp_path, monkeypatch):
     family, step = IN_PARTS[kind]
     monkeypatch.setattr("compressor.evaluation.metrics.CHUNK_BYTES", 5 * 28 * 96)  # five positions at a time
@@ -334,6 +335,7 @@ def built(folder, step):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_an_artifact_is_timed_as_compressor_load_gives_it_too(tmp_path):
     artifact = built(tmp_path, {"pass": "rtn", "group_size": 32})
     report = measure_model(
@@ -353,6 +355,7 @@ def test_an_artifact_is_timed_as_compressor_load_gives_it_too(tmp_path):
     assert head["op"] == "dense" and head["chosen"].endswith("linear_dense")
 
 
+@pytest.mark.slow
 def test_strict_kernels_name_what_falls_back_to_the_reference(tmp_path):
     artifact = built(tmp_path, {"pass": "low_rank", "rank": 4})
     options = {"data": "random", "metrics": "speed", "overrides": QUICK}

@@ -11,6 +11,7 @@ import quantized
 import tiny
 import torch
 from raising import raises
+from tiers import every_day
 
 from compressor.artifact.against_source import load_source
 from compressor.errors import ModelError
@@ -176,6 +177,7 @@ def test_dense_values_are_those_of_the_owner(source):
     assert structure.overview().quantized == f"source has {said}; the baseline is the dequantized model"
 
 
+@pytest.mark.parametrize("source", every_day(SOURCES, "fp8-blocks", "gptq", "mxfp4"), indirect=True)
 def test_a_run_gives_the_artifact_of_the_dense_model(source, tmp_path):
     """The verification of the run has compared every tensor with the source, as stock transformers loads it."""
     directory, owner, family, _, recipe = source

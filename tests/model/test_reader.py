@@ -13,6 +13,7 @@ from many_models import classes_of, is_small, tiny_model
 from raising import raises
 from safetensors.torch import load_file, save_file
 from same_model import differences
+from tiers import every_day
 
 from compressor.artifact import writer
 from compressor.artifact.loader import load
@@ -455,7 +456,7 @@ def tie_variants():
     }
 
 
-@pytest.mark.parametrize("variant", tie_variants())
+@pytest.mark.parametrize("variant", every_day(tie_variants(), "equal copy", "untied"))
 def test_ties_are_those_of_stock_also_when_the_head_is_quantized(variant, tmp_path, in_process):
     is_tied, change = tie_variants()[variant]
     tiny.save("llama", tmp_path / "m", tie_word_embeddings=True)

@@ -134,6 +134,7 @@ def test_scaled_weights_lose_less_than_plain_ones(model, tmp_path):
     assert errors[0] < 0.95 * errors[1]
 
 
+@pytest.mark.slow
 def test_gptq_can_round_what_awq_has_scaled_in_one_sweep_or_two(model, tmp_path):
     steps = [{**SCALED, "rounding": "later"}, {"pass": "gptq", "bits": 3, "group_size": 32}]
     together = run(model, tmp_path / "one", {"sweep": steps})

@@ -31,9 +31,11 @@ GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
     [
         ("gptq", GPTQ(**GPTQ_SETTINGS)),
         pytest.param("rtn", RTN(bits=8, group_size=-1), marks=pytest.mark.slow),
-        ("llm_int8", LLMInt8()),
+        pytest.param("llm_int8", LLMInt8(), marks=pytest.mark.slow),
         pytest.param("bct", BCT(bits=4, activations="static", only=("*", "@embedding")), marks=pytest.mark.slow),
-        ("bct", BCT(activations="dynamic", only=("*", "@activation", "@norm", "@softmax"))),
+        pytest.param(
+            "bct", BCT(activations="dynamic", only=("*", "@activation", "@norm", "@softmax")), marks=pytest.mark.slow
+        ),
         pytest.param("bct", BCT(budget_bits=5.5, only=("*", "@embedding")), marks=pytest.mark.slow),
     ],
 )
@@ -53,6 +55,7 @@ def test_a_pass_whose_sizes_calibration_decides_keeps_the_contract(tmp_path):
     assert any(row["kept_columns"] for row in report["weights"])
 
 
+@pytest.mark.slow
 def test_experts_are_stored_one_by_one_and_starved_ones_are_named(tmp_path):
     model = tiny.save("mixtral", tmp_path / "model", dtype=torch.bfloat16)
     settings = GPTQ(**{**GPTQ_SETTINGS, "min_tokens_per_expert": 64, "only": ("@experts",)})

@@ -320,6 +320,7 @@ def test_pass_keeps_the_contract(step, llama, tmp_path):
     assert report["verification"]["max_logit_difference"] == 0.0
 
 
+@pytest.mark.slow
 def test_what_is_left_is_quantized_like_any_model(llama, tmp_path):
     steps = ({**FAST, "steps": 2}, {"pass": "gptq", "bits": 4, "group_size": -1})
     report = compress(recipe(*steps), str(llama), tmp_path / "out", measure=False)
