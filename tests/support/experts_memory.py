@@ -1,9 +1,9 @@
 """Prints how much memory the sweep, the verification and the evaluation of a model take beside the libraries.
 
-    python experts_memory.py MODEL WORK STEP
+    python experts_memory.py CASES
 
-MODEL has experts, which lie in mapped files here. STEP is a step of a recipe as JSON. The output is JSON:
-stage -> bytes above what was resident before.
+CASES is JSON: name -> [folder, step of a recipe]. The folder has a model `m` with experts, which lie in mapped files
+here. The output is JSON: name -> stage -> bytes above what was resident before.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from compressor.process.memory import peak_rss_bytes, return_freed_memory
 from compressor.recipe.recipe import parse_recipe
 
 RECIPE = {"version": 1, "data": {"source": "random", "samples": 8, "length": 32}, "report": {"html": False}}
-found: dict[str, int] = {}
+SWEEP = running._sweep
 
 
 @contextmanager
-def measured(stage):
+def measured(found, stage):
     return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
     before = peak_rss_bytes()
@@ -47,17 +47,18 @@ def mapped_plan(*arguments, **options):
     return replace(plan, sizes=replace(plan.sizes, maps_experts=True))
 
 
-def main(model: Path, work: Path, step: dict[str, object]) -> None:
-    sweep, artifact = running._sweep, work / "artifact"
+def measure(work: Path, step: dict[str, object]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    model, artifact = work / "m", work / "artifact"
 
     def measured_sweep(job, stop):
-        with measured("sweep"):
-            return sweep(job, stop)
+        with measured(found, "sweep"):
+            return SWEEP(job, stop)
 
     running.make_plan, running._sweep, running._verify = mapped_plan, measured_sweep, lambda job: Findings()
     recipe = parse_recipe(yaml.safe_dump({**RECIPE, "steps": [step]}).encode())
     running.compress(recipe, str(model), artifact, measure=False)
-    with measured("verify"):
+    with measured(found, "verify"):
         checked = verify(artifact, None, sealed=False, deep=True, source=model, memory=1)
     assert checked.problems == [] and checked.loaded == "parts", checked
     save_file({"000000": torch.arange(16)}, work / "tokens.safetensors")
@@ -76,11 +77,11 @@ def main(model: Path, work: Path, step: dict[str, object]) -> None:
         "after": str(artifact),
         "metrics": list(QUALITY),
     }
-    with measured("evaluate"):
+    with measured(found, "evaluate"):
         answer = measure_quality(request)
     assert answer["measured"] == "parts", answer
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    print(json.dumps({name: measure(Path(work), step) for name, (work, step) in json.loads(sys.argv[1]).items()}))

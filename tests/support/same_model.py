@@ -1,11 +1,38 @@
-"""Holds two loaded models to each other: every parameter and buffer, bit for bit, with its dtype, and what is tied."""
+"""Holds a model as it is read here to the one that transformers loads: every bit, dtype and tie."""
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 
 import torch
+import transformers as hf
 from torch import Tensor, nn
+
+from compressor.model.checkpoint import open_checkpoint
+from compressor.model.empty_model import bound_model
+from compressor.model.model_class import config_and_class
+from compressor.model.weight_names import fill, read_parameter
+
+
+def read_whole(directory):
+    """The model as our reader fills it, all of it at once."""
+    checkpoint = open_checkpoint(directory)
+    config, cls = config_and_class(checkpoint, False)
+    checkpoint, model, bindings, _ = bound_model(checkpoint, cls, config)
+    for name in bindings.sources:
+        value = read_parameter(name, bindings, lambda t: checkpoint.read(t).to(bindings.dtype_of(t)), model)
+        fill(name, value.to(bindings.dtypes[name]), model)
+    for name, source in bindings.tied.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(source)
+    return model
+
+
+def stock(directory):
+    """The model as transformers loads it, by the class that its config names."""
+    name = json.loads((directory / "config.json").read_text())["architectures"][0]
+    return getattr(hf, name).from_pretrained(directory)
 
 
 def differences(one: nn.Module, other: nn.Module) -> list[str]:
