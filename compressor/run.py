@@ -38,7 +38,7 @@ from compressor.evaluation.report import build_report, write_card, write_reports
 from compressor.evaluation.saturation import uncounted
 from compressor.evaluation.sections import Report
 from compressor.evaluation.weight_sizes import weight_sizes
-from compressor.model.checkpoint import model_label
+from compressor.model.model_names import model_label
 from compressor.model.token_limit import limit_of
 from compressor.process.child import started_early
 from compressor.process.resources import room

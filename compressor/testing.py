@@ -27,7 +27,7 @@ from compressor.engine.sweep import Sweeper, run_sweeps
 from compressor.errors import PassError
 from compressor.evaluation.sections import Report
 from compressor.layers import DENSE
-from compressor.model.checkpoint import resolve_model
+from compressor.model.model_names import resolve_model
 from compressor.model.structure import read_structure
 from compressor.model.token_limit import limit_of
 from compressor.process import child

@@ -118,10 +118,12 @@ def run(
     as_json: JsonOpt = False,
 ) -> None:
     """Compress a model by a recipe, verify and measure the artifact, check its gates, and publish it."""
+    from compressor.model.model_names import resolve_model
     from compressor.recipe.recipe import read_recipe
 
     mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
     parsed = read_recipe(recipe, set_ or [])
+    resolve_model(model)  # a wrong name is answered before torch is imported, which takes seconds
     ended: list[ResultEvent] = []
     try:
         with show(mode, err) as emit:
@@ -177,11 +179,15 @@ def plan(
 
     Writes nothing.
     """
-    from compressor.engine.request import plan_run
+    from compressor.model.model_names import resolve_model
     from compressor.recipe.recipe import read_recipe
 
+    parsed = read_recipe(recipe, set_ or [])
+    resolve_model(model)  # before torch is imported, as in `run`
+    from compressor.engine.request import plan_run
+
     planned = plan_run(
-        read_recipe(recipe, set_ or []),
+        parsed,
         model,
         output,
         device=device,
@@ -235,6 +241,11 @@ def eval_(
     as_json: JsonOpt = False,
 ) -> None:
     """Measure a model or an artifact, and check its gates."""
+    from compressor.model.model_names import resolve_model
+
+    for name in (model, baseline):
+        if name is not None:
+            resolve_model(name)  # before torch is imported, as in `run`
     from compressor.evaluation.eval_command import measure_model
     from compressor.recipe.gates import failed_gates
 
@@ -292,9 +303,6 @@ def compare(
     ] = None,
 ) -> None:
     """Compare the bytes, metrics and errors of several artifacts."""
-    from compressor.evaluation.compare import compare as side_by_side
-    from compressor.recipe.gates import failed_gates, read_gates
-
     if len(paths) < 2:
         raise UsageError(
             "two or more are needed",
@@ -302,6 +310,13 @@ def compare(
             hint="Pass two or more artifacts, reports or checkpoints.",
             data={"reason": "too-few", "paths": len(paths)},
         )
+    from compressor.model.model_names import resolve_model
+
+    for path in paths:
+        resolve_model(str(path))  # before torch is imported, as in `run`
+    from compressor.evaluation.compare import compare as side_by_side
+    from compressor.recipe.gates import failed_gates, read_gates
+
     found = side_by_side(paths, read_gates(fail_on or [], "--fail-on"))
     suffixes = {".json": PageFormat.json, ".md": PageFormat.markdown, ".html": PageFormat.html}
     chosen = format_ or suffixes.get(output.suffix if output else "", PageFormat.table)
@@ -328,6 +343,9 @@ def inspect(
     format_: FormatOpt = Format.table,
 ) -> None:
     """Show the embeddings, blocks, output head, weight groups, quantization formats and bytes. Reads headers only."""
+    from compressor.model.model_names import resolve_model
+
+    resolve_model(path)  # before torch is imported, as in `run`
     from compressor.artifact.inspection import inspect_path
 
     found = inspect_path(path, trust_remote_code)
@@ -348,10 +366,11 @@ def verify(
     as_json: JsonOpt = False,
 ) -> None:
     """Check an artifact in a fresh process: hashes, keys, dtypes, finite values, and the outputs of both loaders."""
-    from compressor.artifact.verify import verify_in_child
-    from compressor.model.checkpoint import resolve_model
+    from compressor.model.model_names import resolve_model
 
     original = None if source is None else resolve_model(source).absolute()
+    from compressor.artifact.verify import verify_in_child
+
     found = verify_in_child(
         directory.absolute(), None, sealed=True, source=original, trust_remote_code=trust_remote_code
     )

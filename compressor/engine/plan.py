@@ -36,9 +36,9 @@ from compressor.engine.selected_weights import named_functions, select_weights, 
 from compressor.engine.trial import NoProbeModel, try_loaders
 from compressor.errors import CompressError, ModelError, PreflightError, values_of
 from compressor.model.attention import replaced_implementations
-from compressor.model.checkpoint import resolve_model
 from compressor.model.facts import Decision
 from compressor.model.functions import Functions
+from compressor.model.model_names import resolve_model
 from compressor.model.redefined_structure import check_redefinition, values_misfit
 from compressor.model.replay_proof import prove_by_replay
 from compressor.model.reshaped_class import stock_class

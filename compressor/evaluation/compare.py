@@ -11,7 +11,8 @@ from compressor.evaluation.render import is_evaluation
 from compressor.evaluation.report import validate_report
 from compressor.evaluation.sections import AnyReport, ComparedRow, Comparison, MetricRow, Report, SpeedRow, WeightRow
 from compressor.evaluation.weight_rows import error_of
-from compressor.model.checkpoint import open_checkpoint, resolve_model
+from compressor.model.checkpoint import open_checkpoint
+from compressor.model.model_names import resolve_model
 from compressor.process.utf8 import parse_json
 from compressor.recipe.gates import CHANGE, GateRow, SampledPair, check_gates, split_gate
 

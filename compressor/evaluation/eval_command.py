@@ -33,8 +33,9 @@ from compressor.evaluation.report import (
 )
 from compressor.evaluation.sections import EvaluationReport, KernelRow, Sizes, Subject
 from compressor.kernels.prepared.dispatch import FALLBACKS
-from compressor.model.checkpoint import Checkpoint, model_label, open_checkpoint, resolve_model
+from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.model_class import class_of, config_of
+from compressor.model.model_names import model_label, resolve_model
 from compressor.model.quantized_source import open_source
 from compressor.model.reshaped_class import class_for
 from compressor.model.token_limit import Limit, token_limit

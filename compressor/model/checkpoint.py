@@ -9,7 +9,6 @@ exception is the Hugging Face cache, whose snapshots are links into `blobs/` of 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,6 @@ from compressor.process.utf8 import halves, parse_json, printable
 from compressor.storage.files import file_sha256
 from compressor.storage.safetensors_file import TensorInfo, read_bytes, read_header
 
-HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # owner/name, or a name alone as of gpt2
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers' own name for its parts
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
@@ -170,43 +168,6 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
         text = f"{name} is read, as transformers does; {shown} contain weights too and are not read"
         unread.append(Because(text, read=name, others=others))
     return Checkpoint(directory, config, tensors, metadata, tuple(unread), stored=tensors, shadowed=shadowed)
-
-
-def resolve_model(name: str) -> Path:
-    """The directory of a model that is given as `demo`, a path, or a name in the local Hugging Face cache."""
-    if name == "demo":
-        from compressor.model.model_files import demo_path
-
-        return demo_path()
-    if name and "\0" not in name and os.path.lexists(path := Path(os.path.expanduser(name))):
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        if not HUB_NAME.fullmatch(name):
-            raise HFValidationError
-        return Path(snapshot_download(name, local_files_only=True))
-    except HFValidationError as error:
-        raise ModelError(
-            "there is no such directory, and a hub model can't have this name",
-            where=name[:200] if name.isprintable() and name else repr(name[:200]),
-            hint="Pass --model with a checkpoint directory, the name of a model in the local hub cache, or demo.",
-            data={"reason": "no-model-name"},
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            "is neither a directory nor in the local Hugging Face cache",
-            where=name,
-            hint=f"Download it first: hf download {name}",
-            data={"reason": "not-in-cache", "name": name},
-        ) from error
-
-
-def model_label(name: str) -> str:
-    """The name of a model in a report: its hub name, `demo`, or the last part of its path."""
-    path = Path(os.path.expanduser(name))
-    return Path(os.path.abspath(path)).name if name != "demo" and path.exists() else name
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compressor.model.checkpoint import resolve_model
+from compressor.model.model_names import resolve_model
 from compressor.recipe.recipe import parse_recipe
 
 FEATURES, FACTOR = 4, 16.0  # of 128 gains of each norm, and how much larger they get

@@ -38,8 +38,8 @@ from transformers import AutoModelForCausalLM
 
 from compressor.data.samples import load_samples
 from compressor.evaluation.environment import cpu_name
-from compressor.model.checkpoint import resolve_model
 from compressor.model.model_files import demo_path
+from compressor.model.model_names import resolve_model
 from compressor.model.structure import read_structure
 from compressor.process.idle_threads import environment_of_user
 

@@ -318,6 +318,33 @@ def test_a_reader_that_goes_away_is_no_bug(arguments):
     assert (done.wait(60), done.stderr.read()) == (130, "")
 
 
+NOT_THERE = {  # arguments -> exit code
+    "plan nope --model demo": 2,
+    "plan rtn-w8 --set steps.0.bits=x --model demo": 2,
+    "plan rtn-w8 --model nope": 5,
+    "run nope --model demo --output out": 2,
+    "run rtn-w8 --model nope --output out": 5,
+    "eval nope": 5,
+    "eval demo --baseline nope": 5,
+    "compare demo": 2,
+    "compare demo nope": 5,
+    "inspect nope": 5,
+    "verify demo --source nope": 5,
+}
+
+
+def test_a_recipe_or_model_that_is_not_there_is_answered_before_torch_is_imported():
+    code = (
+        "import sys\nfrom compressor.__main__ import main\nfor words in sys.argv[1:]:\n"
+        "    sys.argv = ['compress-model', *words.split()]\n    print(main(), 'torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *NOT_THERE], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [f"{code} False" for code in NOT_THERE.values()], done.stderr
+
+
 LOST = "error[preflight]: standard output: "
 NO_ROOM = "(No space left on device)"  # what the system calls it
 STREAMS = {

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from compressor.engine.block_io import PartSource
 from compressor.errors import ModelError, PassError, UsageError
-from compressor.model.checkpoint import check_finite, open_checkpoint, resolve_model
+from compressor.model.checkpoint import check_finite, open_checkpoint
+from compressor.model.model_names import resolve_model
 from compressor.model.structure import read_structure
 from compressor.storage.safetensors_file import NAMES, Entry, header_bytes, read_bytes, read_header, write_file
 
