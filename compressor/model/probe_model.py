@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import psutil
@@ -27,11 +28,15 @@ Kind = tuple[Any, ...]  # `signature` of a block
 def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pieces) -> PretrainedConfig:
     """The config with the smallest number of blocks that has every kind of block (at least two if the model has two).
 
-    These are the first blocks. Of a sliced model, the last block, often the only one of its widths, may be added.
+    These are the first blocks. Of a sliced model, the last block, often the only one of its widths, may be added. A
+    class whose blocks share parameters may refuse a model in which nothing is shared (Zamba), so the first block that
+    repeats a parameter is one of them.
     """
     count = len(pieces)
     kinds = [signature(config, block, index) for index, block in enumerate(pieces.blocks)]
-    depth = max(min(2, count), *(kinds.index(kind) + 1 for kind in set(kinds)))
+    depth = max(
+        min(2, count), _first_repeat(model, pieces.blocks_path) + 1, *(kinds.index(kind) + 1 for kind in set(kinds))
+    )
     if depth == count > 2 and is_reshaped(config):
         before = max(kinds.index(kind) + 1 for kind in set(kinds[:-1]))
         shorter = _with_blocks(config, [*range(before), count - 1], count, pieces.blocks_path)
@@ -42,6 +47,14 @@ def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pie
         if follows and shown == [*kinds[:before], kinds[-1]]:
             return shorter
     return _with_blocks(config, list(range(depth)), count, pieces.blocks_path)
+
+
+def _first_repeat(model: PreTrainedModel, path: str) -> int:
+    """The number of the first block that is tied to a parameter of another one; 0 if there is none."""
+    number = re.compile(rf"{re.escape(path)}\.(\d+)\.")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [(number.match(name), number.match(source)) for name, source in tied.items()]
+    return min((max(int(one[1]), int(other[1])) for one, other in pairs if one and other), default=0)
 
 
 def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: str) -> PretrainedConfig:
