@@ -77,6 +77,14 @@ app = typer.Typer(
 )
 
 
+def _look_for(*models: str) -> None:
+    """Answer a wrong name before torch is imported, which takes seconds. raises ModelError"""
+    from compressor.model.model_names import resolve_model
+
+    for model in models:
+        resolve_model(model)
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"compress-model {__version__}")
@@ -118,12 +126,11 @@ def run(
     as_json: JsonOpt = False,
 ) -> None:
     """Compress a model by a recipe, verify and measure the artifact, check its gates, and publish it."""
-    from compressor.model.model_names import resolve_model
     from compressor.recipe.recipe import read_recipe
 
     mode: Mode = "json" if as_json else "quiet" if quiet else "auto"
     parsed = read_recipe(recipe, set_ or [])
-    resolve_model(model)  # a wrong name is answered before torch is imported, which takes seconds
+    _look_for(model)
     ended: list[ResultEvent] = []
     try:
         with show(mode, err) as emit:
@@ -179,11 +186,10 @@ def plan(
 
     Writes nothing.
     """
-    from compressor.model.model_names import resolve_model
     from compressor.recipe.recipe import read_recipe
 
     parsed = read_recipe(recipe, set_ or [])
-    resolve_model(model)  # before torch is imported, as in `run`
+    _look_for(model)
     from compressor.engine.request import plan_run
 
     planned = plan_run(
@@ -241,11 +247,7 @@ def eval_(
     as_json: JsonOpt = False,
 ) -> None:
     """Measure a model or an artifact, and check its gates."""
-    from compressor.model.model_names import resolve_model
-
-    for name in (model, baseline):
-        if name is not None:
-            resolve_model(name)  # before torch is imported, as in `run`
+    _look_for(model, *([baseline] if baseline is not None else []))
     from compressor.evaluation.eval_command import measure_model
     from compressor.recipe.gates import failed_gates
 
@@ -310,10 +312,7 @@ def compare(
             hint="Pass two or more artifacts, reports or checkpoints.",
             data={"reason": "too-few", "paths": len(paths)},
         )
-    from compressor.model.model_names import resolve_model
-
-    for path in paths:
-        resolve_model(str(path))  # before torch is imported, as in `run`
+    _look_for(*map(str, paths))
     from compressor.evaluation.compare import compare as side_by_side
     from compressor.recipe.gates import failed_gates, read_gates
 
@@ -343,9 +342,7 @@ def inspect(
     format_: FormatOpt = Format.table,
 ) -> None:
     """Show the embeddings, blocks, output head, weight groups, quantization formats and bytes. Reads headers only."""
-    from compressor.model.model_names import resolve_model
-
-    resolve_model(path)  # before torch is imported, as in `run`
+    _look_for(path)
     from compressor.artifact.inspection import inspect_path
 
     found = inspect_path(path, trust_remote_code)

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from compressor.errors import ModelError
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.tying import declared_ties
 
 COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -67,7 +68,7 @@ def hold(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
 
 def hold_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Convert an empty model that was made with `dtype` as if a checkpoint had filled all of it."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = declared_ties(model)
     hold(model, {name: held for name, held in held_dtypes(model, dtype).items() if name not in tied})
 
 

@@ -20,13 +20,24 @@ def with_prefix(name: str, old: str, new: str) -> str:
     return new + name.removeprefix(old) if name.startswith(old) else name
 
 
+def _block_place(name: str, blocks: str) -> re.Match[str] | None:
+    """Where a name has the number of a block: group 2."""
+    return re.search(rf"(^|\.){re.escape(blocks)}\.(\d+)\.", name)
+
+
+def block_number(name: str, blocks: str) -> int | None:
+    """The number of the block that has a parameter; None for one outside the blocks. blocks: path of the block list"""
+    place = _block_place(name, blocks)
+    return None if place is None else int(place[2])
+
+
 def renumbered_after_removal(name: str, blocks: str, kept: Sequence[int]) -> str:
     """The new name of a parameter or tensor of a block that stays when others are removed. Other names stay.
 
     blocks  path of the block list, or its last name for tensors, whose names may begin otherwise than the parameters'
     kept    numbers of the blocks that stay, in order
     """
-    place = re.search(rf"(^|\.){re.escape(blocks)}\.(\d+)\.", name)
+    place = _block_place(name, blocks)
     if place is None:
         return name
     return f"{name[: place.start(2)]}{kept.index(int(place[2]))}{name[place.end(2) :]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import psutil
@@ -15,8 +14,9 @@ from compressor.errors import ModelError, PreflightError
 from compressor.model.block_runner import Batch, Pieces
 from compressor.model.load_dtypes import hold_as_loaded
 from compressor.model.meta_init import quick_on_meta
-from compressor.model.module_names import is_inside, with_prefix
+from compressor.model.module_names import block_number, is_inside, with_prefix
 from compressor.model.reshaped_class import is_reshaped, reshaping
+from compressor.model.tying import declared_ties
 
 PROBE_TOKENS = 12
 PROBE_SEED = 0
@@ -51,10 +51,8 @@ def shallow_config(config: PretrainedConfig, model: PreTrainedModel, pieces: Pie
 
 def _first_repeat(model: PreTrainedModel, path: str) -> int:
     """The number of the first block that is tied to a parameter of another one; 0 if there is none."""
-    number = re.compile(rf"{re.escape(path)}\.(\d+)\.")
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    pairs = [(number.match(name), number.match(source)) for name, source in tied.items()]
-    return min((max(int(one[1]), int(other[1])) for one, other in pairs if one and other), default=0)
+    pairs = [(block_number(name, path), block_number(source, path)) for name, source in declared_ties(model).items()]
+    return min((max(one, other) for one, other in pairs if one is not None and other is not None), default=0)
 
 
 def _with_blocks(config: PretrainedConfig, chosen: list[int], count: int, path: str) -> PretrainedConfig:

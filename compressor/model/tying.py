@@ -27,13 +27,18 @@ class Ties:
     owners: dict[str, str]
 
 
+def declared_ties(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the one that its class and config tie it to."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
 def find_ties(model: PreTrainedModel, found: Collection[str], equal: Callable[[str, str], bool]) -> Ties:
     """Follow `PreTrainedModel.tie_weights`, pair by pair.
 
     found  parameters that have a tensor
     equal  (parameter, parameter) -> whether both have the same values after loading
     """
-    pairs = list((getattr(model, "all_tied_weights_keys", None) or {}).items())
+    pairs = list(declared_ties(model).items())
     present = set(found)
     tied: dict[str, str] = {}
     copies: list[str] = []

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import tiny
 import yaml
+from tiers import every_day
 
 from compressor.analysis.branch_calls import find_branches
 from compressor.analysis.input_producers import find_producers
@@ -41,7 +42,6 @@ FAMILIES = {
     "vit": WIDE,
 }
 EVERY_DAY = ("phi3", "gpt2", "qwen3_moe")
-OTHERS = sorted(FAMILIES.keys() - set(EVERY_DAY))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def make_narrow(monkeypatch):
     monkeypatch.setattr(narrow_probe, "LEAST_WIDTH", 12)
 
 
-@pytest.mark.parametrize("family", [*EVERY_DAY, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
+@pytest.mark.parametrize("family", every_day(sorted(FAMILIES), *EVERY_DAY))
 def test_what_is_found_on_narrow_models_is_what_the_whole_one_shows(family, structures, monkeypatch):
     structure = structures(family)
     expected = {name: outcome(find, structure) for name, find in ANALYSES.items()}

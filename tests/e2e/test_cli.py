@@ -342,7 +342,7 @@ def test_a_recipe_or_model_that_is_not_there_is_answered_before_torch_is_importe
     done = subprocess.run(
         [sys.executable, "-c", code, *NOT_THERE], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == [f"{code} False" for code in NOT_THERE.values()], done.stderr
+    assert done.stdout.splitlines() == [f"{status} False" for status in NOT_THERE.values()], done.stderr
 
 
 LOST = "error[preflight]: standard output: "
@@ -353,8 +353,8 @@ STREAMS = {
     "full, a table": ("passes > /dev/full", 5, LOST, NO_ROOM),
     "full, JSON": ("schema > /dev/full", 5, LOST, NO_ROOM),
     "full, help": ("--help > /dev/full", 5, LOST, NO_ROOM),
-    "full, an error in JSON": ("plan --nope --json > /dev/full", 2, "error[usage]: No such option", ""),
-    "standard error is full": ("plan --nope 2> /dev/full", 2, "", ""),
+    "full, an error in JSON": ("plan nope --model demo --json > /dev/full", 2, "error[recipe]: nope: ", ""),
+    "standard error is full": ("plan nope --model demo 2> /dev/full", 2, "", ""),
     "open for reading": ("schema 1< /dev/null", 5, LOST, "(Bad file descriptor)"),
 }
 
@@ -381,7 +381,6 @@ def test_a_closed_stream_is_taken_by_no_file():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.slow
 def test_an_encoding_that_lacks_a_sign_shows_it_escaped():
     done = started("inspect", "no/such/\u00f6", PYTHONIOENCODING="ascii:strict")
     assert done.returncode == 5 and done.stderr.startswith("error[model]: no/such/\\xf6: ")

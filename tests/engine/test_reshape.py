@@ -12,6 +12,7 @@ import transformers as hf
 import yaml
 from raising import raises
 from safetensors.torch import load_file
+from tiers import every_day
 
 import compressor
 from compressor.analysis.residual_stream import residual_of
@@ -253,7 +254,7 @@ def test_norms_of_a_layernorm_model_are_folded_and_its_logits_stay(family, tmp_p
     assert not any("norm" in name or ".ln_" in name for name in held) and "lm_head.bias" in held
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", *(pytest.param(f, marks=pytest.mark.slow) for f in SLOWER)])
+@pytest.mark.parametrize("family", every_day(["llama", "opt", *SLOWER], "llama", "opt"))
 def test_nothing_sliced_at_any_site_keeps_the_logits(family, tmp_path):
     model = tiny.save(family, tmp_path / "model")
     compress(recipe(FUSED, {"pass": "slicegpt", "sparsity": 0.0}), str(model), tmp_path / "out", measure=False)

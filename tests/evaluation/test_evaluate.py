@@ -129,7 +129,7 @@ IN_PARTS = {
 }
 
 
-@pytest.mark.parametrize("kind", every_day(IN_PARTS, *[kind for kind in list(IN_PARTS)[::2]]))
+@pytest.mark.parametrize("kind", every_day(IN_PARTS, *list(IN_PARTS)[::2]))
 def test_quality_measured_in_parts_is_that_of_whole_models(kind, tmp_path, monkeypatch):
     family, step = IN_PARTS[kind]
     monkeypatch.setattr("compressor.evaluation.metrics.CHUNK_BYTES", 5 * 28 * 96)  # five positions at a time
