@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,11 @@ def human(value: Any, digits: int = 4) -> str:
 
 
 def fill_template(name: str, **values: Any) -> str:
+    return _template(name).render(**values)
+
+
+@cache
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=name.endswith("html.j2"),
@@ -112,4 +118,4 @@ def fill_template(name: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(bytes=human_bytes, number=human)
-    return environment.get_template(name).render(**values)
+    return environment.get_template(name)
