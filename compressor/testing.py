@@ -2,7 +2,7 @@
 
 from compressor.testing import check_pass
 def test_contract(tmp_path):
-    check_pass(MyMethod(bits=4), model_directory, tmp_path)
+    check_pass("my_method", MyMethod(bits=4), model_directory, tmp_path, only="*_proj")
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def _swept(plan: Plan, work: Path) -> Swept:
 
 def weight_hashes(directory: Path) -> dict[str, str]:
     """Hashes of the files of the model: weights, config, tokenizer. Files about a single run are left out."""
-    message = {"report.json", "report.md", "report.html", "junit.xml", "README.md", "recipe.yaml", MANIFEST}
-    return {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name not in message}
+    about_the_run = {"report.json", "report.md", "report.html", "junit.xml", "README.md", "recipe.yaml", MANIFEST}
+    return {path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name not in about_the_run}
 
 
 def kill_at(step: int, recipe: Recipe, model: Path, output: Path, of: Literal["syncs", "commits"] = "syncs") -> bool:
@@ -161,10 +161,10 @@ def _check_sizes(settings: Pass, plan: Plan, report: Report) -> None:
     Headers are not bounded: the number of digits in a name or an offset may change.
     """
     predicted, actual = report["sizes"]["predicted_bytes"], report["sizes"]["after_bytes"]
-    message = any(warning.code == "sizes-undecided" for warning in plan.warnings)
-    assert message == bool(settings.unplanned), f"plan's warnings are {plan.warnings}"
-    assert message == (settings.sizes_are != "exact"), f"sizes are {settings.sizes_are}, and unplanned says otherwise"
-    if not message:
+    is_warned = any(warning.code == "sizes-undecided" for warning in plan.warnings)
+    assert is_warned == bool(settings.unplanned), f"plan's warnings are {plan.warnings}"
+    assert is_warned == (settings.sizes_are != "exact"), f"sizes are {settings.sizes_are}, and unplanned says otherwise"
+    if not is_warned:
         assert abs(predicted - actual) <= 0.02 * actual, f"plan says {predicted} bytes, {actual} were written"
         return
     planned = {row.name: row.bytes_after for row in plan.rows}

@@ -39,11 +39,3 @@ def test_every_script_that_a_page_names_is_there(page):
 def test_the_page_of_benchmarks_is_one_that_is_read():
     """Results are one page; how they were made is in the log."""
     assert len((ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()) < 150
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_lines_of_prose_are_at_most_100_characters_wide(page):
-    """Tables and code can't be wrapped; docs/settings.md is one of tables, which the code writes."""
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    wide = [line for line in text.splitlines() if len(line) > 100 and not line.startswith("|")]
-    assert not wide or page.name == "settings.md", wide[0]

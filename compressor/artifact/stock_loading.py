@@ -36,9 +36,10 @@ from compressor.storage.file_names import MANIFEST
 OFFLINE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
 
 
-def load_stock(directory: Path, manifest: Loadable) -> tuple[Any, dict[str, Any]]:
+def load_stock(directory: Path, manifest: Loadable, *, is_older: bool = False) -> tuple[Any, dict[str, Any]]:
     """The model in eval mode, and what transformers reports about its keys (`output_loading_info`).
 
+    is_older  another release wrote it: run the modeling file that this release writes, not the artifact's own
     raises ArtifactError for code that this release would not write, and for a config that asks for such code
     """
     checkpoint = open_checkpoint(directory)
@@ -51,7 +52,8 @@ def load_stock(directory: Path, manifest: Loadable) -> tuple[Any, dict[str, Any]
             hint="None of this code was run. Load the artifact only from a source you trust, or build it again.",
             data={"reason": "foreign-code", "problems": list(problems)},
         )
-    cls: Any = _generated_class(directory, manifest, empty) if manifest["route"] == "custom" else stock_class(empty)
+    is_custom = manifest["route"] == "custom"
+    cls: Any = _generated_class(directory, manifest, empty, is_older) if is_custom else stock_class(empty)
     options: dict[str, Any] = {**plain_options(checkpoint.config)}
     if FAMILIES.get(manifest["route"]) and FAMILIES[manifest["route"]].forward:
         options["device_map"] = {"": "cpu"}  # such a loader moves the model to a GPU by itself
@@ -133,12 +135,13 @@ def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: An
     return problems
 
 
-def _generated_class(directory: Path, manifest: Loadable, empty: Any) -> Any:
+def _generated_class(directory: Path, manifest: Loadable, empty: Any, is_older: bool) -> Any:
     name = _modeling_name(empty)
     entries = manifest["weights"].values()
     experts = any(entry.get("expert") is not None for entry in entries)
     expected = modeling_source(empty, (entry["form"] for entry in entries), experts=experts)
-    module = run_generated(read_generated(directory, name, expected), directory / name)
+    text = expected if is_older else read_generated(directory, name, expected)
+    module = run_generated(text, directory / name)
     cls = getattr(module, f"Compressed{type(empty).__name__}")
     cls.register_for_auto_class(auto_classes(empty)[0])  # marks the class like one loaded through auto_map
     return cls

@@ -9,7 +9,7 @@ import torch
 
 from compressor.engine.estimates import stored_tensors
 from compressor.engine.plan_records import Findings, Formats, PlanRow, Selected
-from compressor.errors import CompressError, PreflightError
+from compressor.errors import CompressError, PassError, PreflightError
 from compressor.layers import DENSE, find_layer
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure
@@ -84,7 +84,18 @@ def _stored_weight(step: Step, settings: WeightPass, weight: Weight, stored: str
         raise _unfit(step, stored, weight)
     if weight.parameter in tied and _may_stay_dense(settings, weight):
         raise _undecided_tie(step, weight, tied[weight.parameter])
-    return StoredWeight(stored, settings.format_params(weight) or {}, weight)
+    if (params := settings.format_params(weight)) is None:
+        raise _without_params(step, stored, weight)
+    return StoredWeight(stored, params, weight)
+
+
+def _without_params(step: Step, stored: str, weight: Weight) -> PassError:
+    return PassError(
+        f"{step.name} stores {weight.name} as {stored}, but its `format_params` is not there or returns None",
+        where=dotted(step.path),
+        hint=f"Have format_params of {step.name} return what {stored} is made with; an empty dict if that is nothing.",
+        data={"reason": "no-format-params", "weight": weight.name, "format": stored},
+    )
 
 
 def _problems_with(step: Step, settings: WeightPass, chosen: Sequence[Weight]) -> list[CompressError]:

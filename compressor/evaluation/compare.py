@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from compressor.errors import Notice, UsageError
 from compressor.evaluation.render import is_evaluation
@@ -108,6 +108,7 @@ def _read_report(file: Path) -> AnyReport:
                 hint="Run pip install -U compress-model, or measure again with this release.",
                 data={"reason": "version", "key": kind, "version": str(report[kind])[:40], "known": VERSIONS[kind]},
             )
+        _take_older_names(report)
         validate_report(report)
         return report
     except jsonschema.ValidationError as error:
@@ -131,6 +132,14 @@ def _read_report(file: Path) -> AnyReport:
             hint=BAD_REPORT,
             data={"reason": "no-report", "cause": str(error)[:160]},
         ) from error
+
+
+def _take_older_names(report: dict[str, Any]) -> None:
+    """Rename what has another name in a report of release 0.1.0: the `part` of a weight was its `unit`."""
+    weights = report.get("weights")
+    for weight in weights if isinstance(weights, list) else ():
+        if isinstance(weight, dict) and "unit" in weight:
+            weight.setdefault("part", weight.pop("unit"))
 
 
 def _is_of_run(subject: AnyReport | Bare) -> TypeIs[Report]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from compressor._version import __version__
 from compressor.artifact.manifest import read_manifest
 from compressor.artifact.stock_loading import OFFLINE, load_stock, stock_works
 from compressor.artifact.streaming import StockDecompressor, load_streamed
@@ -34,7 +35,8 @@ def load_model(directory: Path, trust_remote_code: bool, *, is_baseline: bool = 
     is_baseline  a quantized checkpoint is loaded dequantized, as the source of a run; else as transformers loads it
     """
     if (directory / MANIFEST).is_file():
-        return load_stock(directory, read_manifest(directory))[0]
+        manifest = read_manifest(directory)
+        return load_stock(directory, manifest, is_older=manifest["tool"]["version"] != __version__)[0]
     checkpoint = _opened(directory, trust_remote_code, is_baseline)
     cls: Any = class_of(checkpoint, trust_remote_code)
     with stock_works(directory, ModelError):

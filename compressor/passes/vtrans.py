@@ -308,6 +308,7 @@ class VTrans(RewritePass):
                 f"it has {odd.units} heads or neurons, and others of its kind have another number",
                 where=odd.name,
                 hint="Set uniform: false.",
+                data={"reason": "blocks-differ", "kind": odd.kind, "units": odd.units},
             )
         return prunables
 

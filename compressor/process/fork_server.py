@@ -141,8 +141,8 @@ class ForkServer:
         finally:
             os.close(here)
         self._link.sendall(message)
-        reason_text = self._link.recv(NUMBER_BYTES, socket.MSG_WAITALL)
-        return int.from_bytes(reason_text, "big") if reason_text else None
+        number = self._link.recv(NUMBER_BYTES, socket.MSG_WAITALL)
+        return int.from_bytes(number, "big") if number else None
 
     def close(self) -> None:
         """End the server. Processes that it forked continue."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import counting_passes
@@ -21,6 +23,7 @@ from compressor.passes.gptq import GPTQ
 from compressor.passes.llm_int8 import LLMInt8
 from compressor.passes.rtn import RTN
 from compressor.process import child
+from compressor.protocol import WeightPass
 from compressor.testing import check_pass, recipe_for, sweep
 
 GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
@@ -65,26 +68,70 @@ def test_experts_are_stored_one_by_one_and_starved_ones_are_named(tmp_path):
     assert any(warning["code"] == "sparse-expert" for warning in report["warnings"])
 
 
-@pytest.fixture(scope="module")
-def counting(tmp_path_factory):
-    """The passes of counting_passes.py, announced through entry points as those of an installed package are, and a
-    server whose processes find them."""
-    site = tmp_path_factory.mktemp("site")
-    info = site / "counting-1.0.dist-info"
+@contextmanager
+def announced(site, folder, points):
+    """Passes of modules in a folder, announced through entry points as those of an installed package are, and a server
+    whose processes find them.
+
+    points  name of a pass -> its module and class
+    """
+    info = site / "announced-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
-    names = ("Counting", "Forgetful", "LeavesOut", "Decides", "Chooses")
-    points = "".join(f"{name.lower()} = counting_passes:{name}\n" for name in names)
-    (info / "entry_points.txt").write_text(f"[compressor.passes]\n{points}")
-    folders = [str(site), str(Path(counting_passes.__file__).parent)]
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: announced\nVersion: 1.0\n")
+    lines = "".join(f"{name} = {place}\n" for name, place in points.items())
+    (info / "entry_points.txt").write_text(f"[compressor.passes]\n{lines}")
+    folders = [str(site), str(folder)]
     with pytest.MonkeyPatch.context() as patch:
-        for folder in folders:
-            patch.syspath_prepend(folder)
+        for entry in folders:
+            patch.syspath_prepend(entry)
         patch.setenv("PYTHONPATH", os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]))
         importlib.invalidate_caches()
         patch.setattr(child, "_server", None)
         with child.started_early():
             yield
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """The passes of counting_passes.py."""
+    names = ("Counting", "Forgetful", "LeavesOut", "Decides", "Chooses")
+    points = {name.lower(): f"counting_passes:{name}" for name in names}
+    with announced(tmp_path_factory.mktemp("site"), Path(counting_passes.__file__).parent, points):
+        yield
+
+
+def examples():
+    """The Python code of docs/adding-a-pass.md."""
+    page = Path(__file__).parents[2] / "docs" / "adding-a-pass.md"
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_pass_of_the_guide_keeps_the_contract(tmp_path):
+    (tmp_path / "guide_pass.py").write_text(examples()[0])
+    model = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    with announced(tmp_path, tmp_path, {"my_method": "guide_pass:MyMethod"}):
+        settings = importlib.import_module("guide_pass").MyMethod(clip=0.9)
+        report = check_pass("my_method", settings, model, tmp_path, "*_proj")
+    assert all(0.001 < row["output_error"] < 0.1 for row in report["weights"])
+    assert report["verification"]["max_logit_difference"] == 0.0
+
+
+def test_the_guide_overrides_what_a_pass_has():
+    for code in examples():
+        found = {}
+        exec(compile(code, "adding-a-pass.md", "exec"), found)
+        (of_guide,) = [value for name, value in found.items() if name.startswith("My")]
+        methods = {name for name, value in vars(of_guide).items() if callable(value) and not name.startswith("_")}
+        assert methods and methods <= set(dir(of_guide.__mro__[1])), methods
+
+
+def test_a_pass_that_says_nothing_of_its_format_is_refused(tmp_path, monkeypatch):
+    model = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    monkeypatch.setattr(RTN, "format_params", WeightPass.format_params)
+    plan = make_plan(recipe_for("rtn", RTN(only=("q_proj",))), str(model))
+    assert [(type(problem), problem.data["reason"]) for problem in plan.problems] == [
+        (PassError, "no-format-params")
+    ] * 2
 
 
 @pytest.mark.slow
