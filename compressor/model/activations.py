@@ -44,7 +44,7 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 # GELU: f'' = phi(x) (2 - x^2), largest at 0: 2 phi(0) = sqrt(2 / pi); f' is largest at sqrt(2). SiLU and its scaled
-# form: f''(0) = a / 2. The others by differentiation. tests/layers/test_tables.py scans all of them at a million
+# form: f''(0) = a / 2. The others by differentiation. tests/layers/test_lookup_tables.py scans all of them at a million
 # points.
 KNOWN = {
     "gelu": Known(_gelu, 1.128905, math.sqrt(2 / math.pi), 8.0, (0.0, 1.0)),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class StoredEntry(TypedDict):
-    """A `StoredWeight` as JSON values: its form and parameters, and the fields of its `Weight` that a reader needs."""
+    """A `StoredWeight` as JSON values: its format and parameters, and what a reader needs of its `Weight`."""
 
     form: str
     spec: dict[str, Any]

@@ -415,13 +415,13 @@ class VTrans(RewritePass):
             residual = facts.residual
             sizes[STREAM], charges[STREAM] = residual.width, STREAM_CHARGE
             found = [
-                (unit, norm)
-                for unit, block in enumerate(residual.blocks, 1)
-                for prunable in block
-                for norm in prunable.norms
+                (part, norm)
+                for part, block in enumerate(residual.blocks, 1)
+                for sublayer in block
+                for norm in sublayer.norms
             ]
             found.append((len(residual.blocks) + 1, residual.end))
-            norms = [StreamNorm(unit, norm.module, norm.formula) for unit, norm in found]
+            norms = [StreamNorm(part, norm.module, norm.formula) for part, norm in found]
         return Places(tuple(projections), tuple(norms)), sizes, charges
 
     def _prune_to_size(

@@ -245,8 +245,8 @@ def floor(model: Path, settings: argparse.Namespace) -> dict[str, float]:
     """
     structure, tokens = read_structure(model), settings.samples * settings.length
     forward = hessian = factor = solver = 0
-    for unit in range(1, structure.block_count + 1):
-        for stage in structure.stages(unit):
+    for part in range(1, structure.block_count + 1):
+        for stage in structure.stages(part):
             for group in stage:
                 rows = sum(weight.out_features for weight in group)
                 forward += 2 * tokens * rows * group.in_features

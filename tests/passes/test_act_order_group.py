@@ -29,7 +29,7 @@ STEP = {"pass": "gptq", "bits": 4, "group_size": 32, "act_order": "group"}
 
 
 class OneWeight:
-    """The part of a site that solving one group needs."""
+    """The part of a view that solving one group needs."""
 
     dtype = torch.float32
     device = torch.device("cpu")
@@ -49,10 +49,10 @@ class OneWeight:
 
 
 def solve_one(settings, matrix, gram):
-    site = OneWeight(matrix)
+    view = OneWeight(matrix)
     group = Group((Weight("w", "w.weight", "w.weight", tuple(matrix.shape), "mlp"),))
-    settings._solve_group(site, group, gram)
-    return site
+    settings._solve_group(view, group, gram)
+    return view
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -62,8 +62,8 @@ def test_it_is_the_permuted_problem_solved_in_order_and_put_back(symmetric, refi
     weight, gram = weight.float(), Gram(hessian.float() * 128, 256)
     settings = GPTQ(**{k: v for k, v in STEP.items() if k != "pass"}, symmetric=symmetric, refine_scales=refine_scales)
     whole = gram.hessian()
-    site = solve_one(settings, weight, gram)
-    layer = site.layers[0]
+    view = solve_one(settings, weight, gram)
+    layer = view.layers[0]
 
     order = torch.argsort(whole.diagonal(), descending=True, stable=True)
     permuted = whole[order][:, order]
@@ -82,8 +82,8 @@ def test_it_is_the_permuted_problem_solved_in_order_and_put_back(symmetric, refi
         assert torch.equal(layer.matrix(torch.float32), rebuilt)
     difference = weight - layer.matrix(torch.float32)
     error = float(((difference @ whole) * difference).sum() / ((weight @ whole) * weight).sum())
-    assert site.records[0]["output_error"] == pytest.approx(error**0.5, rel=1e-3)
-    assert site.records[0]["output_error"] < site.records[0]["output_error_rtn"]
+    assert view.records[0]["output_error"] == pytest.approx(error**0.5, rel=1e-3)
+    assert view.records[0]["output_error"] < view.records[0]["output_error_rtn"]
 
 
 def test_the_order_is_by_decreasing_energy_as_in_static():
@@ -94,9 +94,9 @@ def test_the_order_is_by_decreasing_energy_as_in_static():
 def test_a_weight_that_falls_back_still_stores_the_index_the_plan_counted():
     weight, _ = problem(4)
     broken = Gram(torch.diag(torch.tensor([1.0] * 63 + [-1000.0])) * 128, 256)
-    site = solve_one(GPTQ(group_size=32, act_order="group"), weight.float(), broken)
-    assert site.warnings == ["not-positive-definite"] and site.records[0]["fallback"] == "rtn"
-    assert site.layers[0].weight_g_idx.tolist() == [0] * 32 + [1] * 32
+    view = solve_one(GPTQ(group_size=32, act_order="group"), weight.float(), broken)
+    assert view.warnings == ["not-positive-definite"] and view.records[0]["fallback"] == "rtn"
+    assert view.layers[0].weight_g_idx.tolist() == [0] * 32 + [1] * 32
 
 
 def test_whole_rows_need_no_index():

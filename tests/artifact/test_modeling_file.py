@@ -183,7 +183,7 @@ class Eights:
 
 @pytest.fixture
 def eights(monkeypatch):
-    point = EntryPoint("eights", "test_modeling:Eights", "compressor.layers")
+    point = EntryPoint("eights", "test_modeling_file:Eights", "compressor.layers")
     monkeypatch.setattr(layers, "_plugins", lambda path: (point,))
     return stored("eights", {}, "m.0.eights")
 

@@ -136,8 +136,8 @@ def test_post_norm_opt_and_models_that_return_the_stream_are_refused(tmp_path):
 
 
 def test_tables_convolutions_and_biases_of_the_stem_are_found_with_their_scale(known):
-    stem = known("vit").embeddings
-    assert stem == (
+    embeddings = known("vit").embeddings
+    assert embeddings == (
         ResidualWrite("vit.embeddings.cls_token", 2, 1.0),
         ResidualWrite("vit.embeddings.position_embeddings", 2, 1.0),
         ResidualWrite("vit.embeddings.patch_embeddings.projection.weight", 0, None),
