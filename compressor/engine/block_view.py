@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.engine.block_io import Installed, view
 from compressor.engine.calibration_batch import CalibrationBatch, run_part
 from compressor.engine.folds import FoldsInMemory, LaterFolds, SpilledInputs
-from compressor.engine.line_facts import WeightRecord
+from compressor.engine.line_facts import WeightRecord, check_names
 from compressor.engine.resumable_forward import Diverged, RecordedForward, advance, needs, run_on
 from compressor.errors import Notice
 from compressor.layers import DENSE
@@ -215,6 +215,7 @@ class BlockView:
     def _record(
         self, weight: Weight, format_name: str, format_params: dict[str, Any], size: int, more: dict[str, Any]
     ) -> None:
+        check_names(more, weight.name)
         now = time.perf_counter()
         self.progress(weight.name, 1.0)
         self.records = [known for known in self.records if known.name != weight.name]  # a weight may be put again

@@ -6,14 +6,21 @@ saved.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from compressor.errors import Notice
+from compressor.errors import Notice, PassError
 from compressor.model.facts import Decision
 from compressor.model.stored_weight import StoredWeight
+from compressor.protocol.views import Recorded
 from compressor.storage.journal import Line
+
+# Columns of a weight's row in reports and in the journal that are not the pass's own.
+SET_BY_ENGINE = {"step", "pass", "name", "part", "form", "spec", "shape", "role", "seconds"}
+SET_BY_ENGINE |= {"bytes_before", "bytes_after", "bits_per_parameter"}
+NEAR = 0.85  # likeness (difflib) from which a name is taken for a misspelt one
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,25 @@ class WeightRecord:
     bytes_after: int
     seconds: float
     own: Mapping[str, Any]
+
+
+def check_names(own: Mapping[str, Any], weight: str) -> None:
+    """raises PassError if a pass records a value under a name that is nearly one that reports show, or is taken"""
+    for name in own.keys() - Recorded.__annotations__.keys():
+        if name in SET_BY_ENGINE:
+            raise PassError(
+                f"the pass records {name!r} of {weight}, which the engine records itself",
+                where=weight,
+                hint="Record it under another name.",
+                data={"reason": "taken-name", "name": name},
+            )
+        if near := difflib.get_close_matches(name, Recorded.__annotations__, 1, NEAR):
+            raise PassError(
+                f"the pass records {name!r} of {weight}, and reports know {near[0]!r}",
+                where=weight,
+                hint=f"Write {near[0]}, or choose a name that can't be taken for it.",
+                data={"reason": "near-name", "name": name, "known": near[0]},
+            )
 
 
 @dataclass(frozen=True)

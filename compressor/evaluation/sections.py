@@ -15,6 +15,7 @@ from compressor.errors import WarningRow
 from compressor.kernels.prepared.prepare import KernelRow
 from compressor.model.ledger import Ledger
 from compressor.model.side_files import SideFilesRow
+from compressor.protocol.views import Recorded
 from compressor.recipe.gates import GateRow
 
 
@@ -134,12 +135,8 @@ StepRow = TypedDict("StepRow", {"index": int, "pass": str, "path": str, "matched
 _OfPass = TypedDict("_OfPass", {"pass": str})
 
 
-class WeightRow(_OfPass):
-    """The result for one weight. A pass may record its own values; those that the report shows are named here.
-
-    output_error_rows  number of evenly spaced rows of the weight whose output errors were computed
-    input  name of the weight for whose input the outlier features were counted
-    """
+class WeightRow(_OfPass, Recorded):
+    """The result for one weight. A pass may record its own values, too."""
 
     step: int
     name: str
@@ -148,19 +145,9 @@ class WeightRow(_OfPass):
     spec: dict[str, Any]
     shape: list[int]
     role: str
-    fallback: str | None
     bytes_before: int
     bytes_after: int
     bits_per_parameter: float | None
-    output_error: NotRequired[float | None]
-    weight_error: NotRequired[float | None]
-    output_error_rtn: NotRequired[float | None]
-    output_error_rows: NotRequired[int]
-    table_bound: NotRequired[float]
-    input: NotRequired[str]
-    outlier_features: NotRequired[int]
-    outlier_token_share: NotRequired[float]
-    outlier_magnitude: NotRequired[float]
 
 
 class ImagePatches(TypedDict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from compressor.model.facts import Decision, ModelFacts, Redefinition
 from compressor.model.weights import Group, Producer, Stage, Weight
@@ -19,6 +19,27 @@ Folded = TypeVar("Folded")
 Result = TypeVar("Result", covariant=True)
 SLICE_ELEMENTS = 1 << 24  # of a parameter that are in float64 at once (`PartView.change`)
 State = dict[str, "torch.Tensor"]  # what a RewritePass returns for the next part; the journal saves it
+
+
+class Recorded(TypedDict, total=False):
+    """What reports show of a weight, by the names that `BlockView.put` and `keep` take. A pass may add its own names.
+
+    fallback           what the pass did in place of what was asked
+    output_error       relative error of the weight's outputs on the calibration data; _rtn: that of rounding to nearest
+    output_error_rows  number of evenly spaced rows of the weight whose output errors were computed
+    input              name of the weight for whose input the outlier features were counted
+    """
+
+    fallback: str | None
+    output_error: float | None
+    output_error_rtn: float | None
+    output_error_rows: int
+    weight_error: float | None
+    table_bound: float
+    input: str
+    outlier_features: int
+    outlier_token_share: float
+    outlier_magnitude: float
 
 
 class Folds(Protocol[Result]):
@@ -106,6 +127,7 @@ class BlockView(Protocol):
         """Replace the weight by its quantized layer. `record` (JSON values) goes to the report's row of this weight.
 
         A weight may be put again. This replaces the earlier layer and its row.
+        raises  PassError for a name that is nearly one of `Recorded`, or that the engine sets itself
         """
         ...
 

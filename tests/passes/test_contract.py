@@ -15,6 +15,7 @@ import torch
 from counting_passes import DECISIONS, Chooses, ChoosesGates, Counting, Decides, Forgetful, LeavesOut
 from raising import raises
 
+from compressor.engine.block_view import BlockView
 from compressor.engine.plan import make_plan
 from compressor.errors import PassError
 from compressor.passes import find_pass
@@ -123,6 +124,23 @@ def test_the_guide_overrides_what_a_pass_has():
         (of_guide,) = [value for name, value in found.items() if name.startswith("My")]
         methods = {name for name, value in vars(of_guide).items() if callable(value) and not name.startswith("_")}
         assert methods and methods <= set(dir(of_guide.__mro__[1])), methods
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("output_eror", "near-name"),
+        ("weight_errors", "near-name"),
+        ("bytes_after", "taken-name"),
+        ("spec", "taken-name"),
+    ],
+)
+def test_a_misspelt_name_of_a_record_ends_the_sweep_at_the_first_weight(name, reason, tmp_path, monkeypatch):
+    model = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16)
+    put = BlockView.put
+    monkeypatch.setattr(BlockView, "put", lambda self, *given, **record: put(self, *given, **record, **{name: 1}))
+    with raises(PassError, where="model.layers.0.self_attn.q_proj", reason=reason, name=name):
+        sweep(recipe_for("rtn", RTN(group_size=32)), model, tmp_path / "work")
 
 
 def test_a_pass_that_says_nothing_of_its_format_is_refused(tmp_path, monkeypatch):
