@@ -33,6 +33,7 @@ from compressor.model.facts import BlockTokens, LaterCall, TokenFacts
 from compressor.model.module_names import is_inside
 from compressor.model.observed_matmul import ObservedMatmul, ObservedMatmuls
 from compressor.model.probe_model import Kind, example_batch, make_probe_model
+from compressor.model.recorded_modules import recorded_inputs
 from compressor.model.structure import Structure
 
 CAUSAL_HINT = "Use prefill_pruning for a causal model; zero_tprune is for encoders."
@@ -225,17 +226,16 @@ def _of_block(block: nn.Module, hidden: Tensor, call: Call, mask: str | None, wh
 
 def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tuple[str, Tensor]:
     """The module that calls transformers' attention interface, and its queries."""
-    notes: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
-    others: list[dict[str, Any]] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        others.append(kwargs)
-
+    attentions = {
+        name: module
+        for name, module in block.named_modules()
+        if name and hasattr(getattr(module, "config", None), "_attn_implementation")
+    }
+    notes: dict[str, list[tuple[Tensor, Tensor, float]]] = {name: [] for name in attentions}
     with ExitStack() as stack:
-        for name, module in block.named_modules():
-            if name and hasattr(getattr(module, "config", None), "_attn_implementation"):
-                stack.enter_context(watching(module, notes.setdefault(name, [])))
-                stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        for name, module in attentions.items():
+            stack.enter_context(watching(module, notes[name]))
+        others = stack.enter_context(recorded_inputs(attentions, lambda _args, kwargs: kwargs))
         block(hidden, *call.args, **call.kwargs)
     used = [name for name, found in notes.items() if found]
     if len(used) != 1 or len(notes[used[0]]) != 1:
@@ -255,7 +255,7 @@ def _attention(block: nn.Module, hidden: Tensor, call: Call, where: str) -> tupl
             hint=HINT,
             data={"queries": list(query.shape), "keys": list(key.shape), "tokens": hidden.shape[1]},
         )
-    for given in others:
+    for _, given in others:
         if strange := [name for name in UNKNOWN if given.get(name) is not None]:
             raise ModelError(
                 f"its attention gets the argument {strange[0]}, which a token gate can't compute",
