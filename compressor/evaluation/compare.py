@@ -138,8 +138,8 @@ def _take_older_names(report: dict[str, Any]) -> None:
     """Rename what has another name in a report of release 0.1.0: the `part` of a weight was its `unit`."""
     weights = report.get("weights")
     for weight in weights if isinstance(weights, list) else ():
-        if isinstance(weight, dict) and "unit" in weight:
-            weight.setdefault("part", weight.pop("unit"))
+        if isinstance(weight, dict) and "unit" in weight and "part" not in weight:
+            weight["part"] = weight.pop("unit")
 
 
 def _is_of_run(subject: AnyReport | Bare) -> TypeIs[Report]:

@@ -210,8 +210,8 @@ def read_generated(directory: Path, name: str, expected: str) -> str:
         raise ArtifactError(
             "is not the modeling file that this release writes",
             where=name,
-            hint="Verify it with the release that wrote it (compress_manifest.json names it). compressor.load and "
-            "compress-model eval need no modeling file; nothing of this one was run.",
+            hint="Verify it with the release that wrote it (compress_manifest.json names it). compressor.load needs "
+            "no modeling file; nothing of this one was run.",
             data={"reason": "changed-code"},
         )
     return expected

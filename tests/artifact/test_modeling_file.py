@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import sys
 from importlib.metadata import EntryPoint
 
@@ -15,6 +14,7 @@ import torch
 import transformers
 import yaml
 from fresh import logits_without_this_package
+from installed import announce
 from raising import raises
 from stored_as_planned import store_as_planned
 
@@ -145,14 +145,8 @@ def other_package(tmp_path, monkeypatch):
     (root / "other_package").mkdir(parents=True)
     for name, text in (("__init__", ""), ("halves", HALVES), ("signs", SIGNS), ("passes", PASS)):
         (root / "other_package" / f"{name}.py").write_text(text)
-    info = root / "other_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
-    points = "[compressor.layers]\nsigns = other_package.signs:SignLinear\n"
-    (info / "entry_points.txt").write_text(f"{points}[compressor.passes]\nsigns = other_package.passes:Signs\n")
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
-    importlib.invalidate_caches()
+    points = {"compressor.layers": "other_package.signs:SignLinear", "compressor.passes": "other_package.passes:Signs"}
+    announce(monkeypatch, root, {group: {"signs": place} for group, place in points.items()})
     yield root
     for name in [name for name in sys.modules if name.partition(".")[0] == "other_package"]:
         del sys.modules[name]

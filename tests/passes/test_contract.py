@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,14 @@ import pytest
 import tiny
 import torch
 from counting_passes import DECISIONS, Chooses, ChoosesGates, Counting, Decides, Forgetful, LeavesOut
+from installed import announce
 from raising import raises
 
 from compressor.engine.block_view import BlockView
+from compressor.engine.line_facts import SET_BY_ENGINE
 from compressor.engine.plan import make_plan
 from compressor.errors import PassError
+from compressor.evaluation.sections import WeightRow
 from compressor.passes import find_pass
 from compressor.passes.bct import BCT
 from compressor.passes.gptq import GPTQ
@@ -25,6 +27,7 @@ from compressor.passes.llm_int8 import LLMInt8
 from compressor.passes.rtn import RTN
 from compressor.process import child
 from compressor.protocol import WeightPass
+from compressor.protocol.views import Recorded
 from compressor.testing import check_pass, recipe_for, sweep
 
 GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
@@ -71,22 +74,12 @@ def test_experts_are_stored_one_by_one_and_starved_ones_are_named(tmp_path):
 
 @contextmanager
 def announced(site, folder, points):
-    """Passes of modules in a folder, announced through entry points as those of an installed package are, and a server
-    whose processes find them.
+    """Passes of modules in a folder, found by entry points, and a server whose processes find them.
 
     points  name of a pass -> its module and class
     """
-    info = site / "announced-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: announced\nVersion: 1.0\n")
-    lines = "".join(f"{name} = {place}\n" for name, place in points.items())
-    (info / "entry_points.txt").write_text(f"[compressor.passes]\n{lines}")
-    folders = [str(site), str(folder)]
     with pytest.MonkeyPatch.context() as patch:
-        for entry in folders:
-            patch.syspath_prepend(entry)
-        patch.setenv("PYTHONPATH", os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")]))
-        importlib.invalidate_caches()
+        announce(patch, site, {"compressor.passes": points}, folder)
         patch.setattr(child, "_server", None)
         with child.started_early():
             yield
@@ -141,6 +134,11 @@ def test_a_misspelt_name_of_a_record_ends_the_sweep_at_the_first_weight(name, re
     monkeypatch.setattr(BlockView, "put", lambda self, *given, **record: put(self, *given, **record, **{name: 1}))
     with raises(PassError, where="model.layers.0.self_attn.q_proj", reason=reason, name=name):
         sweep(recipe_for("rtn", RTN(group_size=32)), model, tmp_path / "work")
+
+
+def test_a_pass_may_take_no_column_of_a_row_for_a_value_of_its_own():
+    """`seconds` is in the journal's row alone."""
+    assert WeightRow.__annotations__.keys() - Recorded.__annotations__.keys() | {"seconds"} == SET_BY_ENGINE
 
 
 def test_a_pass_that_says_nothing_of_its_format_is_refused(tmp_path, monkeypatch):
