@@ -48,6 +48,7 @@ from compressor.artifact.stock_loading import load_stock, stock_works
 from compressor.artifact.streaming import StockDecompressor, load_streamed
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, is_finite, open_checkpoint
+from compressor.model.half_products import quick_products
 from compressor.model.mapped_tensors import MappedTensors
 from compressor.model.probe_model import example_batch, use_eager_experts
 from compressor.model.side_files import OWN_MODELING
@@ -172,7 +173,7 @@ def verify(
         folder = probe.parent if probe is not None else Path(tempfile.gettempdir())
         room = Room(limit_bytes(memory), MappedTensors(folder))
         original = SourceRequest(source, trust_remote_code, source_limit, room) if source is not None else None
-        with room.mapped:
+        with quick_products(), room.mapped:
             _compare_models(artifact, probe, original, room, found)
     if not found.problems:
         found.problems += ledger_problems(artifact.manifest, artifact.checkpoint, source)

@@ -15,6 +15,7 @@ import torch
 
 from compressor.methods.quantization.hessian import inverse_factor
 from compressor.methods.quantization.uniform_grid import find_grid, quantize
+from compressor.model.half_products import quick_products
 from compressor.protocol.work import Work
 
 SHARE_SECONDS = 0.2  # for each kind of work
@@ -46,7 +47,7 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Work:
     grouped = random(SEARCHED_ROWS, PRODUCT_WIDTH // 128, 128)
     search = partial(find_grid, bits=4, symmetric=True, search="mse", stored=torch.bfloat16)
     return Work(
-        products=product * _per_second(lambda: low_x @ low_weight.T, device),
+        products=product * _per_second(lambda: _product(low_x, low_weight), device),
         exact=product * _per_second(lambda: x @ weight, device),
         double=product / 4 * _per_second(lambda: wide @ wide_weight, device),
         factors=FACTOR_WIDTH * _per_second(partial(inverse_factor, positive, 0.01, 0.01, ""), device),
@@ -62,6 +63,11 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Work:
 def seconds(work: Work, rates: Work) -> float:
     """How long the work takes, one kind after the other."""
     return sum(amount / rate for amount, rate in zip(astuple(work), astuple(rates), strict=True))
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    with quick_products(x.dtype):
+        return torch.nn.functional.linear(x, weight)
 
 
 def _write_and_read() -> None:

@@ -31,6 +31,7 @@ from compressor.engine.sweeper import Sweeper
 from compressor.engine.walk import Written, walk
 from compressor.engine.weight_sweep import run_weight_sweep
 from compressor.layers import find_layer
+from compressor.model.half_products import quick_products
 from compressor.model.ledger import Ledger
 from compressor.model.redefined_structure import with_token_gates
 from compressor.model.stored_weight import StoredWeight
@@ -69,7 +70,7 @@ def run_sweeps(sweeper: Sweeper) -> Outcome:
     raises Interrupted between parts after a request to stop; PassError naming the part when a pass fails
     """
     return_large_blocks()
-    with nullcontext() if sweeper.mapped is None else sweeper.mapped:
+    with quick_products(sweeper.structure.dtype), nullcontext() if sweeper.mapped is None else sweeper.mapped:
         return _run_sweeps(sweeper)
 
 

@@ -23,6 +23,7 @@ from compressor.evaluation.part_by_part import sums_by_parts
 from compressor.evaluation.saturation import RangeCounts, saturation, uncounted
 from compressor.evaluation.sections import MetricRow
 from compressor.model.block_runner import output_of, without_cache
+from compressor.model.half_products import quick_products
 from compressor.model.mapped_tensors import MappedTensors
 from compressor.process.memory import return_large_blocks
 
@@ -35,10 +36,12 @@ def measure_quality(request: QualityRequest) -> QualityAnswer:
     """
     whole, limit = whole_quality_bytes(request), limit_bytes(request["memory"])
     if whole <= limit:
-        return _measure_whole(request)
+        with quick_products():
+            return _measure_whole(request)
     reason = f"needs {gibibytes(whole)} of memory, {gibibytes(limit)} may be used"
     try:
-        return _measure_parts(request, limit)
+        with quick_products():
+            return _measure_parts(request, limit)
     except NotInParts as error:
         return {
             "metrics": unmeasured(request["metrics"], f"{reason}, and it can't be measured in parts: {error}"),
