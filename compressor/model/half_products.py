@@ -2,8 +2,8 @@
 
 torch multiplies bfloat16 and float16 there value by value. Measured on an AMD EPYC with AVX2 only (torch 2.13, 2
 threads, 512 tokens, width 2048): `linear` takes 8 times as long as in float32, a product with an untransposed matrix
-370 times, the convolution of patches 29 times. Here the operands are converted, multiplied in float32, and the result is
-rounded once to the dtype of the operands. This is what a processor with such instructions computes, except for the
+370 times, the convolution of patches 29 times. Here the operands are converted, multiplied in float32, and the result
+is rounded once to the dtype of the operands. This is what a processor with such instructions computes, except for the
 order of the sums.
 """
 
