@@ -58,6 +58,18 @@ def started_early():
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered(request):
+    """A test that replaces code doesn't see what other tests found with the real code, and leaves nothing behind."""
+    if "monkeypatch" not in request.fixturenames:
+        yield
+        return
+    remembered = importlib.import_module("compressor.model.remembered")  # only here, since it imports torch
+    remembered.forget()
+    yield
+    remembered.forget()
+
+
 @pytest.fixture(scope="session")
 def emulated():
     """The CUDA kernels on the CPU."""

@@ -75,7 +75,7 @@ def find_branches(structure: Structure, residual: Residual) -> dict[Kind, Format
         blocks = Pieces(made, pieces.blocks_path).blocks
         return {kind: found[signature(made.config, blocks[at], at)] for at, kind in enumerate(probe.kinds)}
 
-    return found_on_narrow(structure.probes, find, lambda all_params, _narrow, _wider: all_params)
+    return found_on_narrow("branches", structure.probes, find, lambda all_params, _narrow, _wider: all_params)
 
 
 def branches_of(probe: PreTrainedModel, path: str, residual: Residual) -> dict[Kind, FormatParams]:

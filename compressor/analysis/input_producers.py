@@ -54,27 +54,35 @@ def find_producers(structure: Structure) -> Producers:
     """The producers of each kind of block, in forward order."""
     model, pieces = structure.model, structure.pieces
 
+    splittable = {kind: _splittable(structure, kind) for kind in structure.traced.groups}
+
     def find(probe: Probe) -> Producers:
-        return _find_in_probe(structure, float64_probe_model(model, pieces, probe), probe.kinds)
+        made = float64_probe_model(model, pieces, probe)
+        return _find_in_probe(made, pieces.blocks_path, probe.kinds, splittable)
 
-    return found_on_narrow(structure.probes, find, partial(_lifted, pieces.blocks_path))
+    question = ("producers", frozenset(splittable.items()))
+    return found_on_narrow(question, structure.probes, find, partial(_lifted, pieces.blocks_path))
 
 
-def _find_in_probe(structure: Structure, probe: PreTrainedModel, kinds: Sequence[Kind]) -> Producers:
+def _splittable(structure: Structure, kind: Kind) -> tuple[Product, ...]:
+    """The matmuls of a kind of block whose parameters can be written as tensors of the checkpoint."""
+    prefix = f"{structure.pieces.blocks_path}.{structure.kinds.index(kind)}."
+    products = (product for group in structure.traced.groups[kind] for product in group)
+    return tuple(product for product in products if is_splittable(structure, prefix + product.parameter))
+
+
+def _find_in_probe(
+    probe: PreTrainedModel, path: str, kinds: Sequence[Kind], splittable: Mapping[Kind, Sequence[Product]]
+) -> Producers:
     """kinds: of the blocks of the probe model"""
-    path = structure.pieces.blocks_path
-    first = {kind: index for index, kind in reversed(list(enumerate(structure.kinds)))}
     found: dict[Kind, tuple[Producer, ...]] = {}
     with InDouble(), torch.no_grad():
         pieces = Pieces(probe, path)
         hidden, calls = pieces.embeddings(example_batch(probe, torch.device("cpu")))
-        for index, (block, call, kind) in enumerate(zip(pieces.blocks, calls, kinds)):
-            if kind in found or kind not in structure.traced.groups:
+        for block, call, kind in zip(pieces.blocks, calls, kinds):
+            if kind in found or kind not in splittable:
                 continue
-            prefix = f"{path}.{first.get(kind, index)}."
-            products = [product for group in structure.traced.groups[kind] for product in group]
-            split = {p.parameter for p in products if is_splittable(structure, prefix + p.parameter)}
-            runner = _Runner(block, call, hidden.shape, [p for p in products if p.parameter in split])
+            runner = _Runner(block, call, hidden.shape, list(splittable[kind]))
             found[kind] = (*_norm_producers(runner), *_matrix_producers(runner))
     return found
 

@@ -10,12 +10,13 @@ model has the model's own ones.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from operator import eq
 from typing import TypeVar
 
 from compressor.model.narrow_probe import Probe, Probes
+from compressor.model.remembered import remembered
 
 Found = TypeVar("Found")
 
@@ -25,6 +26,7 @@ class Unliftable(Exception):
 
 
 def found_on_narrow(
+    question: Hashable,
     probes: Probes,
     find: Callable[[Probe], Found],
     lift: Callable[[Found, Probe, Probe], Found],
@@ -32,11 +34,28 @@ def found_on_narrow(
 ) -> Found:
     """What `find` finds at the model's own widths, by running narrow probe models if possible.
 
-    probes   of the model
-    lift     (found, the probe on which, another probe) -> the same for the other probe; may raise Unliftable
-    is_same  compares what was carried over with what was found
-    raises   what `find` raises for the narrowest probe
+    question  names what is found, with everything that `find` depends on except the probe; the answer is remembered
+    probes    of the model
+    lift      (found, the probe on which, another probe) -> the same for the other probe; may raise Unliftable
+    is_same   compares what was carried over with what was found
+    raises    what `find` raises for the narrowest probe
     """
+    known = remembered((question, probes.key), lambda: _found(probes, find, lift, is_same))
+    if known is not None:
+        return known
+    warnings.warn(
+        f"{type(probes.whole.empty).__name__}: a probe model of its own widths runs, which takes long", stacklevel=2
+    )
+    return find(probes.whole)
+
+
+def _found(
+    probes: Probes,
+    find: Callable[[Probe], Found],
+    lift: Callable[[Found, Probe, Probe], Found],
+    is_same: Callable[[Found, Found], bool],
+) -> Found | None:
+    """None if no narrow probe model stands for a large one."""
     whole = probes.whole
     for keeps_units in (False, True):
         for narrow, wider in pairwise(probes.narrow(keeps_units=keeps_units)):
@@ -47,11 +66,7 @@ def found_on_narrow(
             except Unliftable:
                 continue  # the next two may have been divided alike
             break
-    if whole.is_large:
-        warnings.warn(
-            f"{type(whole.empty).__name__}: a probe model of its own widths runs, which takes long", stacklevel=2
-        )
-    return find(whole)
+    return None if whole.is_large else find(whole)
 
 
 def factor(narrow: Probe, wider: Probe, parameter: str, axis: int) -> int:

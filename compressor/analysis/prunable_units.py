@@ -77,7 +77,7 @@ def look(structure: Structure) -> Seen:
         seen = _find_in_probe(float64_probe_model(model, pieces, probe), path, groups)
         return replace(seen, first={kind: probe.first_of(kind) for kind in probe.kinds})
 
-    return found_on_narrow(structure.probes, find, partial(_lifted, path), _agree)
+    return found_on_narrow("prunable", structure.probes, find, partial(_lifted, path), _agree)
 
 
 def find_prunable(

@@ -92,7 +92,7 @@ def _read_residual(probes: Probes) -> Residual:
         prove_invariance(made, path, found)
         return found
 
-    residual = found_on_narrow(probes, find, _lifted)
+    residual = found_on_narrow("residual", probes, find, _lifted)
     kinds = {kind: (whole.first_of(kind), residual.blocks[whole.first_of(kind)]) for kind in whole.kinds}
     return replace(residual, blocks=_every_block(kinds, model.config, pieces.blocks, path))
 

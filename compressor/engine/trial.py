@@ -44,6 +44,7 @@ from compressor.model.checkpoint import open_checkpoint
 from compressor.model.model_class import config_and_class
 from compressor.model.narrow_shapes import divide_shapes
 from compressor.model.probe_model import example_batch, make_probe_model, use_eager_experts
+from compressor.model.remembered import remembered
 from compressor.model.reshaped_class import is_reshaped
 from compressor.model.stored_weight import StoredWeight, has_experts, replaced_tensors
 from compressor.model.structure import Structure, structure_of
@@ -66,10 +67,16 @@ class NoProbeModel(Exception):
 def try_loaders(structure: Structure, formats: Sequence[StoredWeight], export_format: ExportFormat) -> str | None:
     """Why an artifact of these weights in this export format can't load or computes other values; None if it works.
 
-    Only the formats of `EXAMPLES` are tried. raises NoTwin if no probe model can be made
+    Only the formats of `EXAMPLES` are tried. raises NoProbeModel if none can be made
     """
     if not {stored.format_name for stored in formats} <= EXAMPLES.keys():
         return None
+    key = ("loaders", structure.probes.key, export_format, repr(formats))
+    return remembered(key, partial(_try_loaders, structure, formats, export_format))
+
+
+def _try_loaders(structure: Structure, formats: Sequence[StoredWeight], export_format: ExportFormat) -> str | None:
+    """raises NoProbeModel"""
     try:
         bars = io.StringIO()  # hides progress bars of libraries, which are about the probe model
         with tempfile.TemporaryDirectory(prefix="compress-model-") as scratch, redirect_stderr(bars):
@@ -118,7 +125,7 @@ def _try(probe: Structure, formats: Sequence[StoredWeight], export_format: Expor
 
 
 def _save_probe_model(structure: Structure, formats: Sequence[StoredWeight], directory: Path) -> Structure:
-    """Save a small checkpoint of the model's class. raises NoTwin"""
+    """Save a small checkpoint of the model's class. raises NoProbeModel"""
     logging.disable_progress_bar()
     obstacle = Because("")
     cls = type(structure.model)

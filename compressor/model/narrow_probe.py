@@ -34,6 +34,7 @@ from compressor.model.probe_model import (
     signature,
     with_parts,
 )
+from compressor.model.remembered import config_key
 from compressor.model.reshaped_class import is_reshaped
 
 SMALL = 1 << 22  # entries of a probe model that is used as it is; 32 MiB in float64
@@ -100,6 +101,11 @@ class Probes:
         blocks = _blocks(empty, self.pieces.blocks_path)
         kinds = tuple(signature(config, block, index) for index, block in enumerate(blocks))
         return Probe(config, empty, kinds, _shapes(empty), width_of(config), is_whole=True)
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What the probes depend on, as a part of a key of `remembered`."""
+        return type(self.model), config_key(self.model.config), self.dtype, self.pieces.blocks_path
 
     @property
     def narrowest(self) -> Probe:

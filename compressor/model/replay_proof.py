@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compressor.errors import ModelError
 from compressor.model.block_runner import Batch, Call, Pieces, hidden_of, output_of
@@ -21,6 +21,7 @@ from compressor.model.model_building import guarded
 from compressor.model.narrow_probe import Probe
 from compressor.model.probe_model import example_batch, make_probe_model
 from compressor.model.recorded_modules import recorded_inputs, recorded_outputs
+from compressor.model.remembered import remembered
 from compressor.model.structure import Structure, run_small
 from compressor.model.tracing import check_output, checked
 
@@ -35,7 +36,7 @@ def prove_by_replay(structure: Structure) -> Probe:
     """
     cls, pieces, checkpoint = type(structure.model), structure.pieces, structure.checkpoint
 
-    def prove(_config: PretrainedConfig) -> Probe:
+    def prove() -> Probe:
         narrow = structure.probes.narrowest
         probe = make_probe_model(cls, narrow.config, torch.device("cpu"), structure.dtype, narrow.empty)
         prove_equal(probe, pieces.blocks_path, example_batch(probe, torch.device("cpu")))
@@ -43,7 +44,14 @@ def prove_by_replay(structure: Structure) -> Probe:
 
     run = partial(run_small, structure.probes)
     failed = "a probe model of it can't be run on the CPU"
-    return guarded(prove, checkpoint, structure.model.config, cls.__name__, failed, retry=run)
+    return guarded(
+        lambda _config: remembered(("replay", structure.probes.key), prove),
+        checkpoint,
+        structure.model.config,
+        cls.__name__,
+        failed,
+        retry=run,
+    )
 
 
 def prove_equal(model: PreTrainedModel, blocks_path: str, batch: Batch) -> None:

@@ -30,6 +30,7 @@ from compressor.model.overview import Overview, PartOverview, WeightView
 from compressor.model.prequantized import refuse_stated
 from compressor.model.probe_model import Kind, shallow_config, signature
 from compressor.model.quantized_source import open_source
+from compressor.model.remembered import remembered
 from compressor.model.tracing import Product, Traced, run_whole, trace
 from compressor.model.weight_names import Bindings, Source, only_transposes
 from compressor.model.weights import Group, Stage, Weight
@@ -331,7 +332,7 @@ def structure_of(
     kinds = tuple(signature(model.config, block, index) for index, block in enumerate(pieces.blocks))
 
     def traced(_config: PretrainedConfig) -> Traced:
-        return trace(probes)
+        return remembered(("trace", probes.key), partial(trace, probes))
 
     if like is None:
         failed = "a probe model of it can't be run part by part"

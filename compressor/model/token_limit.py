@@ -8,7 +8,7 @@ a missing row is an error. A shallow probe model runs on the meta device, where 
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from compressor.model.block_runner import Pieces
 from compressor.model.empty_model import skeleton
 from compressor.model.probe_model import PROBE_TOKENS, make_probe_model, shallow_config
+from compressor.model.remembered import config_key, remembered
 from compressor.model.structure import find_blocks
 
 Runs = Callable[[int], bool]
@@ -24,36 +25,23 @@ Limit = Callable[
     [int], int | None
 ]  # number of tokens -> None if a model accepts them in one sample, else the largest number that it accepts
 
-_probes_of: WeakKeyDictionary[PreTrainedModel, list[Runs]] = WeakKeyDictionary()
-
 
 def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: int) -> int | None:
     """None if a model of this class accepts samples of `length` tokens, or reads no tokens; else its limit."""
-    return _limit(cls, config, length, lambda: _probes(skeleton(cls, config, torch.float32)))
-
-
-def limit_of(model: PreTrainedModel) -> Limit:
-    """`token_limit` of a model's class and config. The probe models are made once for each model."""
-
-    def probes() -> list[Runs]:
-        if model not in _probes_of:
-            _probes_of[model] = _probes(model)
-        return _probes_of[model]
-
-    return lambda length: _limit(type(model), model.config, length, probes)
-
-
-def _limit(
-    cls: type[PreTrainedModel], config: PretrainedConfig, length: int, probes: Callable[[], list[Runs]]
-) -> int | None:
     if cls.main_input_name != "input_ids":
         return None
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)
     most = min(length, stated) if isinstance(stated, int) and stated > 0 else length
-    for runs in probes():
+    probes = remembered(("tokens", cls, config_key(config)), lambda: _probes(skeleton(cls, config, torch.float32)))
+    for runs in probes:
         if runs(min(PROBE_TOKENS, most)) and not runs(most):  # if it can't run on few tokens, there is no answer
             most = _largest(runs, min(PROBE_TOKENS, most), most)
     return None if most == length else most
+
+
+def limit_of(model: PreTrainedModel) -> Limit:
+    """`token_limit` of a model's class and config."""
+    return partial(token_limit, type(model), model.config)
 
 
 def _largest(runs: Runs, good: int, bad: int) -> int:

@@ -250,6 +250,7 @@ def test_the_operations_of_a_pass_that_changes_the_model_are_those_that_it_count
     tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16, num_hidden_layers=3, **widths)
     text = f"version: 1\ndata: {{source: random, samples: 8, length: 64}}\nsteps: {STEPS[kind]}\n"
     operations, planned = Operations(), []
+    monkeypatch.setattr("compressor.model.half_products._has_instruction", lambda _dtype: True)
     monkeypatch.setattr("compressor.run.predict_stages", lambda plan, *_: planned.extend(stage_works(plan, False)))
 
     def note(event):

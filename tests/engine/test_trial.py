@@ -17,6 +17,7 @@ from compressor.engine import plan as planning
 from compressor.engine import trial
 from compressor.engine.plan import make_plan
 from compressor.errors import PreflightError
+from compressor.model import remembered
 from compressor.model.structure import read_structure
 from compressor.recipe.recipe import parse_recipe
 
@@ -125,6 +126,7 @@ def test_a_loader_whose_model_computes_something_else_is_found(break_it, told, t
 
     assert trial.try_loaders(plan.structure, list(plan.formats.values()), plan.export_format) is None
     monkeypatch.setattr(trial, "load_stock", broken)
+    remembered.forget()
     assert told in trial.try_loaders(plan.structure, list(plan.formats.values()), plan.export_format)
 
 

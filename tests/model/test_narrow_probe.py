@@ -140,7 +140,7 @@ def test_indices_are_carried_over_only_where_a_second_narrow_model_agrees(rows_o
     def lift(found, narrow, wider):
         return run_of(found, factor(narrow, wider, name, 1))
 
-    assert found_on_narrow(probes, find, lift) == rows_of(96)
+    assert found_on_narrow("rows", probes, find, lift) == rows_of(96)
     assert features == ([24, 48, 96, 96] if keeps else [24, 48])
 
 
