@@ -43,10 +43,16 @@ def forget() -> None:
 
 
 def config_key(config: PretrainedConfig) -> str:
-    """A hash of all values of a config, and of the implementations of attention and experts that it asks for."""
+    """A hash of all values of a config except its path, and of the implementations that it asks for."""
     asked = [
         (getattr(part, "_attn_implementation", None), getattr(part, "_experts_implementation", None))
         for part in with_parts(config)
     ]
-    values = json.dumps([config.to_dict(), asked], sort_keys=True, default=repr)
+    values = json.dumps([_without_path(config.to_dict()), asked], sort_keys=True, default=repr)
     return hashlib.sha256(values.encode()).hexdigest()
+
+
+def _without_path(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_path(inner) for key, inner in value.items() if key != "_name_or_path"}
+    return value
