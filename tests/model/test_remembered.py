@@ -22,7 +22,7 @@ def test_a_second_plan_of_the_same_config_runs_no_probe_model(tmp_path, monkeypa
     again = make_plan(RECIPE, str(tiny.save("llama", tmp_path / "again")))
     assert len(runs) == 1
     assert one.rows == again.rows and one.export_format == again.export_format
-    make_plan(RECIPE, str(tiny.save("llama", tmp_path / "other", intermediate_size=64)))
+    make_plan(RECIPE, str(tiny.save("llama", tmp_path / "other", intermediate_size=160)))
     assert len(runs) == 2
 
 
