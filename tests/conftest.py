@@ -33,23 +33,6 @@ def pytest_collection_modifyitems(items):
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker(folder if folder in TIERS else "unit")
-    items[:] = slow_files_first(items)
-
-
-def slow_files_first(items):
-    """The tests of files with slow ones first, in each half of the list.
-
-    Each of two workers begins with a half. The one that is done first takes tests from the end of the other half, so
-    no long test should be there. The tests of a file stay together, since they share fixtures.
-    """
-    files = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-    slow = [tests for tests in files.values() if any(test.get_closest_marker("slow") for test in tests)]
-    fast = [test for tests in files.values() if tests not in slow for test in tests]
-    halves = [[test for tests in slow[first::2] for test in tests] for first in (0, 1)]
-    first = min(len(fast), max(0, len(items) // 2 - len(halves[0])))
-    return [*halves[0], *fast[:first], *halves[1], *fast[first:]]
 
 
 def pytest_collection_finish():

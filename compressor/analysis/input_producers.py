@@ -53,7 +53,6 @@ Producers = Mapping[Kind, tuple[Producer, ...]]  # kind of block -> its producer
 def find_producers(structure: Structure) -> Producers:
     """The producers of each kind of block, in forward order."""
     model, pieces = structure.model, structure.pieces
-
     splittable = {kind: _splittable(structure, kind) for kind in structure.traced.groups}
 
     def find(probe: Probe) -> Producers:

@@ -11,6 +11,7 @@ the loader renames or joins.
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,8 @@ def try_loaders(structure: Structure, formats: Sequence[StoredWeight], export_fo
     """
     if not {stored.format_name for stored in formats} <= EXAMPLES.keys():
         return None
-    key = ("loaders", structure.probes.key, export_format, repr(formats))
+    planned = hashlib.sha256(repr(formats).encode()).hexdigest()  # a model of many experts has many weights
+    key = ("loaders", structure.probes.key, export_format, planned)
     return remembered(key, partial(_try_loaders, structure, formats, export_format))
 
 

@@ -35,13 +35,10 @@ def measure_quality(request: QualityRequest) -> QualityAnswer:
     fits in neither way has metrics without values, with the reason.
     """
     whole, limit = whole_quality_bytes(request), limit_bytes(request["memory"])
-    if whole <= limit:
-        with quick_products():
-            return _measure_whole(request)
     reason = f"needs {gibibytes(whole)} of memory, {gibibytes(limit)} may be used"
     try:
         with quick_products():
-            return _measure_parts(request, limit)
+            return _measure_whole(request) if whole <= limit else _measure_parts(request, limit)
     except NotInParts as error:
         return {
             "metrics": unmeasured(request["metrics"], f"{reason}, and it can't be measured in parts: {error}"),

@@ -28,20 +28,26 @@ Limit = Callable[
 
 def token_limit(cls: type[PreTrainedModel], config: PretrainedConfig, length: int) -> int | None:
     """None if a model of this class accepts samples of `length` tokens, or reads no tokens; else its limit."""
-    if cls.main_input_name != "input_ids":
-        return None
-    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
-    most = min(length, stated) if isinstance(stated, int) and stated > 0 else length
-    probes = remembered(("tokens", cls, config_key(config)), lambda: _probes(skeleton(cls, config, torch.float32)))
-    for runs in probes:
-        if runs(min(PROBE_TOKENS, most)) and not runs(most):  # if it can't run on few tokens, there is no answer
-            most = _largest(runs, min(PROBE_TOKENS, most), most)
-    return None if most == length else most
+    return _limit(cls, config, lambda: skeleton(cls, config, torch.float32), length)
 
 
 def limit_of(model: PreTrainedModel) -> Limit:
     """`token_limit` of a model's class and config."""
-    return partial(token_limit, type(model), model.config)
+    return partial(_limit, type(model), model.config, lambda: model)
+
+
+def _limit(
+    cls: type[PreTrainedModel], config: PretrainedConfig, empty: Callable[[], PreTrainedModel], length: int
+) -> int | None:
+    """empty: the model on the meta device"""
+    if cls.main_input_name != "input_ids":
+        return None
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    most = min(length, stated) if isinstance(stated, int) and stated > 0 else length
+    for runs in remembered(("tokens", cls, config_key(config)), lambda: _probes(empty())):
+        if runs(min(PROBE_TOKENS, most)) and not runs(most):  # if it can't run on few tokens, there is no answer
+            most = _largest(runs, min(PROBE_TOKENS, most), most)
+    return None if most == length else most
 
 
 def _largest(runs: Runs, good: int, bad: int) -> int:
