@@ -91,9 +91,7 @@ def signals(stop: Stop) -> Iterator[Stop]:
 
 
 @contextmanager
-def answered(
-    stop: Stop, tell: Callable[[], None], last_words: Callable[[], None], exit_code: int, grace: float = GRACE_SECONDS
-) -> Iterator[Stop]:
+def answered(stop: Stop, tell: Callable[[], None], last_words: Callable[[], None], exit_code: int) -> Iterator[Stop]:
     """`signals`, and a thread that answers the first signal at once and ends the process if the main thread doesn't.
 
     tell        called in that thread at the first signal
@@ -112,7 +110,7 @@ def answered(
         os._exit(exit_code)
 
     def end_later() -> None:
-        if not is_over.wait(grace):
+        if not is_over.wait(GRACE_SECONDS):
             end()
 
     def watch() -> None:

@@ -37,14 +37,16 @@ HANG = {
 }
 ANSWERED = """
 import sys
+from compressor.engine import interrupt
 from compressor.engine.interrupt import Stop, answered
+interrupt.GRACE_SECONDS = 2.0
 def hang():
         {hang}
 def say(words):
     sys.stdout.write(words + '\\n')  # in one piece: two threads say theirs at once
     sys.stdout.flush()
 try:
-    with answered(Stop(), lambda: say('stopping'), lambda: say('last words'), 130, grace=2.0):
+    with answered(Stop(), lambda: say('stopping'), lambda: say('last words'), 130):
         say('ready')
         hang()
 except KeyboardInterrupt:
@@ -82,7 +84,7 @@ def test_a_signal_is_answered_at_once_and_ends_the_process(hang, last, sign):
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    process = start(ANSWERED.format(hang=HANG["native"]).replace("grace=2.0", "grace=600.0"))
+    process = start(ANSWERED.format(hang=HANG["native"]).replace("= 2.0", "= 600.0"))
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -140,6 +142,8 @@ def test_another_thread_changes_no_handler():
 PROGRAM = """
 import importlib, sys
 module, name, note = sys.argv[1:4]
+if {grace}:
+    importlib.import_module("compressor.engine.interrupt").GRACE_SECONDS = {grace}
 def hang(*arguments, **options):
     open(note, 'w').close()
     for _ in [0]:
@@ -197,9 +201,11 @@ def test_a_stop_in_each_stage_ends_within_ten_seconds_and_resumes_to_the_same_by
     (tmp_path / "r.yaml").write_text(RECIPE)
     note, out = tmp_path / "reached", tmp_path / "out"
     command = ["run", tmp_path / "r.yaml", "--model", "demo", "--output", out, "--json"]
-    begin, program = start, PROGRAM.format(hang=HANG.get(hangs, "pass"))
-    if stage not in STARTED_ANEW:
-        begin, program = fresh.Going, fresh.PACKAGE + program
+    hang = HANG.get(hangs, "pass")
+    if stage in STARTED_ANEW:
+        begin, program = start, PROGRAM.format(hang=hang, grace=None)
+    else:  # a process that ends by force is not waited for as long as a user waits
+        begin, program = fresh.Going, fresh.PACKAGE + PROGRAM.format(hang=hang, grace=2.0)
     process = begin(program, module, name, note, *command)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not note.exists():
