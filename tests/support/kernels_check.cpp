@@ -39,23 +39,24 @@ static void disturb(std::mt19937& random) {
   linear_weight_only(level_is_there(AVX2), 1, x.data(), FLOAT32, packed.data(), bytes, nullptr, 0, y, 8, 1, 512, 4, 512);  // as floats
 }
 
-// Without an argument everything is checked. With one: "linear" and widths of weights (all without any), as in linear48,
-// checks the linear layers, "threads" how tasks are shared out, and other names the operations of kernels_check_ops.cpp.
-// With two, the second has the digits of the levels that are compared, as in "02": scalar code and AVX-512 without VNNI.
+// The first argument says what is checked: "linear" and widths of weights (all without any), as in linear48, the linear
+// layers; "threads" how tasks are shared out; "operations" all of kernels_check_ops.cpp, and other names one of them. A
+// second one has the digits of the levels that are compared, as in "02": scalar code and AVX-512 without VNNI.
 int main(int count, char** arguments) {
+  if (count < 2) return 11;
   if (count > 2) levels_asked = arguments[2];
-  const std::string name = count > 1 ? arguments[1] : "", widths = name.substr(0, 6) == "linear" ? name.substr(6) : "";
-  if (!name.empty() && name != "threads" && name.substr(0, 6) != "linear") {
-    int64_t calls = 0;
-    return check_ops(calls, name);
+  const std::string name = arguments[1];
+  int64_t calls = 0;
+  if (const int wrong = name == "threads" || name.substr(0, 6) == "linear" ? check_threads() : check_ops(calls, name)) return wrong;
+  if (name.substr(0, 6) != "linear") {
+    printf("%lld calls\n", (long long)calls);
+    return 0;
   }
-  if (const int wrong = check_threads()) return wrong;
-  if (name == "threads") return 0;
+  const std::string widths = name.substr(6);
   std::mt19937 random(1);
   const int64_t shapes[][4] = {{1, 64, 64, 64}, {3, 70, 192, 32}, {6, 130, 328, 64}, {2, 5, 13, 8}, {2, 1, 13, 16},
                                {9, 65, 320, 320}, {5, 8, 1, 8}, {0, 3, 8, 8}, {3, 0, 8, 8}, {130, 3, 24, 24}, {45, 66, 40, 24}, {4, 64, 600, 296},
                                {37, 9, 320, 128}, {20, 64, 200, 96}, {33, 66, 328, 64}, {10, 60, 584, 584}, {17, 49, 576, 576}, {5, 17, 4168, 4168}, {7, 9, 4232, 4232}};
-  int64_t calls = 0;
   for (const auto& s : shapes)
     for (const int64_t bits : {2, 3, 4, 8}) {
       if (!widths.empty() && widths.find(char('0' + bits)) == std::string::npos) continue;
@@ -116,8 +117,6 @@ int main(int count, char** arguments) {
   float x[8] = {}, y[8];
   if (!linear_weight_only(0, 1, x, FLOAT32, short_one.data(), 63, nullptr, 0, y, 1, 8, 8, 4, 8)) return 8;
   if (!linear_weight_only(0, 1, x, FLOAT32, foreign.data(), int64_t(foreign.size()), nullptr, 0, y, 1, 8, 8, 4, 8)) return 9;
-  if (!name.empty()) return 0;
-  if (const int wrong = check_ops(calls, "")) return wrong;
   printf("%lld calls\n", (long long)calls);
   return 0;
 }
