@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import counting_passes
 import pytest
 import tiny
 import torch
+import yaml
 from counting_passes import DECISIONS, Chooses, ChoosesGates, Counting, Decides, Forgetful, LeavesOut
 from installed import announce
 from raising import raises
@@ -20,7 +22,7 @@ from compressor.engine.line_facts import SET_BY_ENGINE
 from compressor.engine.plan import make_plan
 from compressor.errors import PassError
 from compressor.evaluation.sections import WeightRow
-from compressor.passes import find_pass
+from compressor.passes import awq, find_pass
 from compressor.passes.bct import BCT
 from compressor.passes.gptq import GPTQ
 from compressor.passes.llm_int8 import LLMInt8
@@ -28,7 +30,9 @@ from compressor.passes.rtn import RTN
 from compressor.process import child
 from compressor.protocol import WeightPass
 from compressor.protocol.views import Recorded
-from compressor.testing import check_pass, recipe_for, sweep
+from compressor.recipe.recipe import parse_recipe
+from compressor.run import compress
+from compressor.testing import check_pass, recipe_for, sweep, weight_hashes
 
 GPTQ_SETTINGS = {"bits": 4, "group_size": 32, "min_tokens_per_expert": 4}
 
@@ -108,6 +112,22 @@ def test_the_pass_of_the_guide_keeps_the_contract(tmp_path):
         report = check_pass("my_method", settings, model, tmp_path, "*_proj")
     assert all(0.001 < row["output_error"] < 0.1 for row in report["weights"])
     assert report["verification"]["max_logit_difference"] == 0.0
+
+
+def test_a_pass_of_ours_works_from_another_package(tmp_path):
+    """awq under another name: no other file knows it, though it reads producers and changes tensors that stay dense."""
+    shutil.copyfile(awq.__file__, tmp_path / "scaled_pass.py")
+    model, hashes = tiny.save("llama", tmp_path / "model", dtype=torch.bfloat16), {}
+    with announced(tmp_path, tmp_path, {"scaled": "scaled_pass:AWQ"}):
+        for name in ("awq", "scaled"):
+            steps = [
+                {"pass": name, "bits": 3, "group_size": 32, "steps": 4, "rounding": "later"},
+                {"pass": "gptq", "bits": 3, "group_size": 32},
+            ]
+            tree = {"version": 1, "data": {"source": "random", "samples": 4, "length": 16}, "steps": steps}
+            compress(parse_recipe(yaml.safe_dump(tree).encode()), str(model), tmp_path / name, measure=False)
+            hashes[name] = weight_hashes(tmp_path / name)
+    assert hashes["scaled"] == hashes["awq"]
 
 
 def test_the_guide_overrides_what_a_pass_has():
