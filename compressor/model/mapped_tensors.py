@@ -85,9 +85,10 @@ class MappedTensors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._files:
+        if not self._files or func.__name__ == "__get__":  # a shape, a dtype or a device: no value is read
             return func(*args, **kwargs)
-        used = [value for value in _tensors((*args, *kwargs.values())) if self._file_of(value) is not None]
+        with torch._C.DisableTorchFunction():  # else a mode around this one sees each question
+            used = [value for value in _tensors((*args, *kwargs.values())) if self._file_of(value) is not None]
         if used and func == GROUPED and used[0].dim() == 3:
             return self._grouped(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -139,13 +140,14 @@ class MappedTensors(TorchFunctionMode):
 
     def _give_back(self, value: Tensor) -> None:
         """Give back the pages of a tensor. What was written into them stays in the file."""
-        found = self._file_of(value)
-        if found is None or not value.numel():
-            return
-        start = value.data_ptr() - found[0]
-        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        found[1].madvise(mmap.MADV_DONTNEED, first, start + (last + 1) * value.dtype.itemsize - first)
+        with torch._C.DisableTorchFunction():
+            found = self._file_of(value)
+            if found is None or not value.numel():
+                return
+            start = value.data_ptr() - found[0]
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            found[1].madvise(mmap.MADV_DONTNEED, first, start + (last + 1) * value.dtype.itemsize - first)
 
 
 def _tensor(file: mmap.mmap, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
