@@ -1,4 +1,4 @@
-"""VTrans: removes heads, neurons and channels by masks that are trained with a variational information bottleneck.
+"""VTrans: removes heads, neurons and channels by masks with noise, under a variational information bottleneck.
 
 Paper: Dutta, Gupta, Agarwal 2024, "VTrans: Accelerating Transformer Compression with Variational Information Bottleneck
 based Pruning", arXiv 2406.05276. Only its abstract was read: masks on embeddings, heads and layers, up to 70 % more
@@ -15,6 +15,12 @@ KL       1/2 log(1 + mu²/sigma²): noise hides the output of a unit that the lo
 s        share of the size that is removed, with sigmoid(-10 log alpha) for each u, log alpha = log sigma²/mu² [code]
 s*       the target, which rises during a warm-up; l1 and l2 maximize what everything else minimizes [code]
 
+start: balanced [ours] sets mu = 1 and sigma² = kl_factor charge / c, where c is the curvature of the loss along the
+mask (`compressor.methods.pruning.curvature`). While the noise is small, this is the minimum of loss and bottleneck, to
+which training from nearly no noise (start: equal [code]) moves. It costs one pass over the calibration data. No step
+of training follows by default [ours], because none made the choice better (docs/passes/vtrans.md); without steps the
+target and the multipliers act only in the selection below.
+
 Then heads, neurons and channels are removed in the order of log alpha until the target is reached; with a threshold of
 0 [code] the target would be missed. mu is multiplied into the output projection [code], or replaced by a least-squares
 repair of that matrix on the dense model's inputs [ours; TVA-Prune has its own repair]. The means of channels of the
@@ -24,10 +30,10 @@ What has a mask: a key-value head with its query heads; a column of the matrix a
 a channel of the residual stream, if only norms read the stream; with `layers`, a whole attention or MLP, whose bias
 stays. They are found by running the model (`compressor.analysis.prunable_units`).
 
-Cost: three runs of the model per step (forward, then forward and backward block by block), and one Gram matrix of an
-output projection's inputs. Memory: one block, its activations, one copy of the residual stream for each block, 512 MB
-for outputs of the dense model, and 512 MB for blocks that stay in memory. The masks are only a few numbers for each
-head or neuron.
+Cost: three runs of the model on the calibration data (forward, then forward and backward block by block), three for
+each training step, one for the repair, and one Gram matrix of an output projection's inputs. Memory: one block, its
+activations, one copy of the residual stream for each block, and 512 MB for blocks that stay in memory; with training
+steps 512 MB for outputs of the dense model too. The masks are only a few numbers for each head or neuron.
 """
 
 from __future__ import annotations
@@ -40,10 +46,10 @@ from typing import Any, ClassVar, Literal, cast
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from pydantic_core import PydanticCustomError
 
-from compressor.bounds import Count
+from compressor.bounds import MOST, Count
 from compressor.errors import PreflightError
 from compressor.methods.divergence import divergence_work
-from compressor.methods.pruning.counted_work import kept_bytes, load_again, repair_work
+from compressor.methods.pruning.counted_work import kept_bytes, likelihood_work, load_again, repair_work
 from compressor.methods.pruning.mask_training import Course, train_masks
 from compressor.methods.pruning.masked_forward import MaskedProjection, Places, StreamNorm, projection_columns
 from compressor.methods.pruning.model_size import model_size
@@ -80,9 +86,9 @@ class MaskDecision(PruningDecision):
 
 
 class VTrans(RewritePass):
-    """Remove heads, neurons, channels and whole sub-blocks by trained masks, down to a given size."""
+    """Remove heads, neurons, channels and whole sub-blocks by masks with noise, down to a given size."""
 
-    title: ClassVar[str] = "Prunes heads, neurons and channels by trained variational masks (VTrans)"
+    title: ClassVar[str] = "Prunes heads, neurons and channels by variational masks (VTrans)"
     paper: ClassVar[str] = "Dutta et al. 2024, arXiv 2406.05276"
 
     target: float = Field(0.2, ge=0, le=0.9, description="Share that is removed, of what `measure` and `of` name.")
@@ -113,9 +119,14 @@ class VTrans(RewritePass):
         "distill",
         description="distill: distance from the dense model's outputs. task: cross-entropy with the data's labels.",
     )
-    steps: Count = Field(400, description="Number of training steps of the masks.")
+    start: Literal["balanced", "equal"] = Field(
+        "balanced",
+        description="Noise of the masks before training. balanced: by the curvature of the loss, from one pass over "
+        "the calibration data. equal: nearly none, in every mask.",
+    )
+    steps: int = Field(0, ge=0, le=MOST, description="Number of training steps of the masks; start: equal needs them.")
     samples: Count = Field(
-        16, description="Largest number of calibration samples in a batch, and smallest number in a training step."
+        16, description="Largest number of calibration samples in a batch, and smallest number in a step."
     )
     mask_rate: PositiveFloat = Field(0.05, description="Learning rate of the masks. It decreases linearly to 0.")
     multiplier_rate: PositiveFloat = Field(0.1, description="Learning rate of the Lagrangian's multipliers.")
@@ -143,6 +154,10 @@ class VTrans(RewritePass):
     def _fits_together(self) -> VTrans:
         if len(set(self.sites)) < len(self.sites):
             raise PydanticCustomError("site-twice", "sites has a name twice")
+        if self.start == "equal" and not self.steps:
+            raise PydanticCustomError(
+                "start-and-steps", "start: equal without training ranks nothing; set steps, or start: balanced"
+            )
         if "layers" in self.sites and self._is_uniform:
             raise PydanticCustomError(
                 "layers-and-uniform",
@@ -177,17 +192,23 @@ class VTrans(RewritePass):
         return ("heads", "ffn") if "layers" in self.sites else named or ("ffn",)
 
     def work(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> list[Work]:
-        """A training step runs the blocks forwards twice, and backwards, which is as much for frozen weights."""
+        """A curvature or a training step runs the blocks forwards twice, and backwards, which is as much for frozen
+        weights.
+        """
         found = [rewritten(part.values) for part in parts]
         if not self.decides:
             return found
         blocks, head = parts[1:-1], parts[-1]
         samples = min(self.samples, data.samples)
         step = samples * data.tokens / max(1, data.samples)
+        trained, measured = step * self.steps, data.tokens if self.start == "balanced" else 0
+        dense = data.tokens if self.steps else 0  # as the reference for training
         for block in blocks:
-            found[0] += block.load + block.run * (data.tokens + 3 * step * self.steps)
-        found[0] += load_again(parts) * (2 * self.steps)
-        found[0] += (head.run * (2 * step) + divergence_work(step, head.outputs)) * self.steps + head.run * data.tokens
+            found[0] += block.load + block.run * (dense + 3 * (trained + measured))
+        loads = 2 * self.steps + bool(self.steps) + (2 * math.ceil(measured / step) if measured else 0)
+        found[0] += load_again(parts) * (loads - 1)
+        found[0] += head.run * (2 * (trained + measured) + dense)
+        found[0] += divergence_work(trained, head.outputs) + likelihood_work(measured, head.outputs)
         if self.reconstruct:
             solved: dict[int, list[tuple[int, int, int]]] = {}
             for prunable in model.prunable(self._kinds):
@@ -200,7 +221,7 @@ class VTrans(RewritePass):
 
     def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:
         """As in `RewritePass`; for a repair second moments in float32 with two copies of a part in float64, four copies
-        of an output projection in float64, and inputs that are held out. While masks are trained: what is kept then.
+        of an output projection in float64, and inputs that are held out. While masks are chosen: what is kept then.
         """
         found = super().memory(model, data, parts)
         if not self.decides:
@@ -211,20 +232,20 @@ class VTrans(RewritePass):
         solving = max((20 * inputs**2 + 32 * outputs * inputs for outputs, inputs in shapes), default=0)
         held_out = min(HELD_OUT_TOKENS + data.batch, data.tokens / HELD_OUT)
         inputs = 4 * int(held_out) * max((inputs for _, inputs in shapes), default=0)
-        return max(found + solving + inputs, kept_bytes(data, parts))
+        return max(found + solving + inputs, kept_bytes(data if self.steps else DataSize(), parts))
 
     def choose(self, model: RunnableModel) -> MaskDecision:
-        """Train the masks and prune to the target. raises PassError for data that can't be used for training"""
+        """Find the masks and prune to the target. raises PassError for data that can't be used for them"""
         facts = model.facts
         prunables = self._prunable(facts)
         size = self._size(facts, prunables)
         places, sizes, charges = self._masks(facts, prunables)
         course = Course(
             self.target, self.steps, self.samples, self.mask_rate, self.multiplier_rate, self.warmup, self.kl_factor,
-            self.save_every, self.loss,
+            self.save_every, self.loss, self.start,
         )  # fmt: skip
         trained = train_masks(model, places, size, sizes, charges, course)
-        figures = {"soft_removed": trained.removed, "last_loss": trained.losses[-1]}
+        figures = {"soft_removed": trained.removed, "last_loss": trained.losses[-1]} if trained.losses else {}
         return self.decided(model, prunables, size, trained.masks.scores(), trained.masks.means(), figures)
 
     def decided(

@@ -1,4 +1,4 @@
-"""Compares trained masks with magnitude and random structured pruning, at equal sizes, with and without the repair.
+"""Compares the masks of vtrans with magnitude and random pruning, at equal sizes, with and without the repair.
 
     scripts/bench/pruning.py --model MODEL --calibrate train.txt --test test.txt
     scripts/bench/pruning.py --model MODEL --calibrate train.tsv --test test.tsv
@@ -100,7 +100,9 @@ def main() -> None:
     parser.add_argument("--calibration-samples", type=int, default=64)
     parser.add_argument("--test-samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--start", choices=["balanced", "equal"], default="balanced")
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration samples and of the masks")
     parser.add_argument("--samples", type=int, default=4, help="calibration samples of a training step")
     parser.add_argument("--mask-rate", type=float, default=0.05)
     parser.add_argument("--kl-factor", type=float, default=1e-6)
@@ -133,6 +135,7 @@ class Bench:
         tree = {
             "version": 1,
             "name": "bench-pruning",
+            "seed": asked.seed,
             "model": {"placement": "resident"},
             "data": {"source": str(asked.calibrate), "samples": asked.calibration_samples, **shared},
             "steps": [{"pass": "vtrans"}],
@@ -147,7 +150,8 @@ class Bench:
         yield {"method": "dense", "target": 0.0, "parameters": dense.num_parameters(), **self.measured(dense)}
         asked = self.settings
         common = {
-            key: getattr(asked, key) for key in ("steps", "samples", "mask_rate", "kl_factor", "heads_charge", "loss")
+            key: getattr(asked, key)
+            for key in ("start", "steps", "samples", "mask_rate", "kl_factor", "heads_charge", "loss")
         }
         for target in self.settings.targets:
             of_target = {**common, "target": target}
@@ -201,7 +205,7 @@ class Bench:
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         asked = self.settings
         kept = ("targets", "calibration_samples", "test_samples", "length", "steps", "samples", "loss")
-        kept += ("mask_rate", "kl_factor", "heads_charge")
+        kept += ("start", "seed", "mask_rate", "kl_factor", "heads_charge")
         return {
             "model": asked.model.name,
             "calibrate": asked.calibrate.name,

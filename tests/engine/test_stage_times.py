@@ -239,7 +239,9 @@ STEPS = {
     "greedy_removal": "[{pass: greedy_removal, max_evaluations: 8}]",
     "slicegpt": "[{pass: fuse_norms}, {pass: slicegpt, orientation: per_site}]",
     "slicegpt-auto": "[{pass: fuse_norms}, {pass: slicegpt, orientation: auto, schedule: variance}]",
-    "vtrans": "[{pass: vtrans, target: 0.3, steps: 4, samples: 4}]",
+    "vtrans": "[{pass: vtrans, target: 0.3, samples: 4}]",
+    "vtrans-trained": "[{pass: vtrans, target: 0.3, steps: 4, samples: 4}]",
+    "vtrans-equal": "[{pass: vtrans, target: 0.3, start: equal, steps: 4, samples: 4}]",
 }
 
 

@@ -10,23 +10,19 @@ import tiny
 import torch
 from raising import raises
 
-from compressor.analysis.residual_stream import residual_of
 from compressor.errors import PassError
 from compressor.methods.pruning.mask_training import Course, train_masks
 from compressor.methods.pruning.masked_forward import (
     Dense,
     Draw,
     Places,
-    StreamNorm,
     distilled,
     gradients,
     labelled,
     masked_norm,
 )
 from compressor.methods.pruning.size_budget import STREAM, Part, Size
-from compressor.model.block_runner import Pieces
 from compressor.model.norms import Norm, apply_norm
-from compressor.model.structure import find_blocks
 
 
 def whole_gradients(model, placed, batch, masks, loss_of):
@@ -151,22 +147,11 @@ def test_a_masked_norm_is_that_of_the_kept_channels(kind):
     assert torch.allclose(masked_norm(x, torch.ones_like(z), weight, bias, norm), apply_norm(x, weight, bias, norm))
 
 
-def stream_norms(model):
-    residual = residual_of(model, Pieces(model, find_blocks(model)))
-    norms = [
-        StreamNorm(n + 1, norm.module, norm.formula)
-        for n, b in enumerate(residual.blocks)
-        for s in b
-        for norm in s.norms
-    ]
-    return (*norms, StreamNorm(len(residual.blocks) + 1, residual.end.module, residual.end.formula))
-
-
 def test_gradients_reach_the_mask_of_the_stream_through_every_norm():
     model = tiny.build("llama", dtype=torch.float64)
     whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
     dense = Dense.of(whole)
-    placed = Places((), stream_norms(model))
+    placed = Places((), shaping.stream_norms(model))
     z = torch.ones(2, 32, dtype=torch.float64)
     z[:, 5] = 0.9
     leaf = z.clone().requires_grad_()

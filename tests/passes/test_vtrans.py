@@ -167,6 +167,7 @@ def test_families_without_the_structure_asked_for_are_refused(tmp_path):
         ({"target": 0.95}, ".target", "less-than-equal"),
         ({"sites": ["heads", "heads"]}, "", "site-twice"),
         ({"sites": ["layers"], "export": "stock"}, "", "layers-and-uniform"),
+        ({"start": "equal", "steps": 0}, "", "start-and-steps"),
     ],
 )
 def test_settings_that_contradict_are_errors(changes, key, reason):
@@ -276,7 +277,16 @@ def test_the_same_seed_decides_the_same_and_another_seed_otherwise(facts, tmp_pa
     assert first == chosen(settings, known, seed=4)[0] != chosen(settings, known, seed=5)[0]
     for state in whole.states:  # and so does a training that resumes from there
         assert chosen(settings, known, 4, state)[0] == first
-    assert [step for step, _ in whole.states] == [2, 4]
+    assert [step for step, _ in whole.states] == [2, 2, 4]  # of three groups for the start, then of six steps
+
+
+def test_without_training_the_noise_alone_decides(facts, tmp_path):
+    settings, known = recipe({**FAST, "steps": 0}).steps[0].settings, facts("llama", tmp_path)
+    first, whole = chosen(settings, known, seed=4)
+    assert first == chosen(settings, known, seed=4)[0] != chosen(settings, known, seed=5)[0]
+    assert "last_loss" not in first["figures"] and {m for part in first["means"].values() for m in part} == {1.0}
+    assert [step for step, _ in whole.states] == [2]
+    assert chosen(settings, known, 4, whole.states[0])[0] == first
 
 
 def test_a_search_that_goes_on_finds_the_same(facts, tmp_path):

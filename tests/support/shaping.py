@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from compressor.methods.pruning.masked_forward import MaskedProjection, Places
+from compressor.analysis.residual_stream import residual_of
+from compressor.methods.pruning.masked_forward import MaskedProjection, Places, StreamNorm
 from compressor.model.block_runner import Pieces
 from compressor.model.structure import find_blocks
 
@@ -114,3 +115,14 @@ def masks(placed, rows, seed=0):
 def token_batches(count, rows, length, seed=0) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, 96, (rows, length), generator=generator)} for _ in range(count)]
+
+
+def stream_norms(model):
+    residual = residual_of(model, Pieces(model, find_blocks(model)))
+    norms = [
+        StreamNorm(n + 1, norm.module, norm.formula)
+        for n, b in enumerate(residual.blocks)
+        for s in b
+        for norm in s.norms
+    ]
+    return (*norms, StreamNorm(len(residual.blocks) + 1, residual.end.module, residual.end.formula))

@@ -9,6 +9,7 @@ from compressor.methods.pruning.reconstruction import HELD_OUT
 from compressor.protocol.work import DataSize, PartWork, Work
 
 OUTPUT_BYTES = 4  # of a logit, at most
+LIKELIHOOD_PASSES = 9  # a softmax, its cumulated sums, the product with the logits, and the slope of that
 
 
 def kept_bytes(data: DataSize, parts: Sequence[PartWork]) -> int:
@@ -22,6 +23,11 @@ def load_again(parts: Sequence[PartWork]) -> Work:
     """Of loading all blocks once more, except those that stay in memory."""
     load = sum((part.load for part in parts[1:-1]), Work())
     return load * max(0.0, 1 - KEPT_BLOCK_BYTES / load.stored) if load.stored else Work()
+
+
+def likelihood_work(tokens: float, vocabulary: int) -> Work:
+    """Of drawing a label for so many tokens, and of the slope of its likelihood."""
+    return Work(values=float(LIKELIHOOD_PASSES * tokens * vocabulary))
 
 
 def repair_work(block: PartWork, data: DataSize, projections: Sequence[tuple[int, int, int]]) -> Work:

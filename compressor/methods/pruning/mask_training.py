@@ -1,4 +1,8 @@
-"""Trains masks of a frozen model towards a target size, with task loss, information bottleneck and Lagrangian.
+"""Finds masks of a frozen model for a target size, with task loss, information bottleneck and Lagrangian.
+
+The noise can start where loss and bottleneck balance while it is small. There the loss of a mask's noise is 1/2 c
+sigma², with the curvature c (`curvature`), and the bottleneck's term is -kl_factor charge log sigma. The minimum of
+their sum is sigma² = kl_factor charge / c. So log alpha orders the units by charge / c before any training step.
 
 Every random number follows from (seed, step, batch, mask), and the state between two steps is a few vectors. So a
 training that resumes from a saved state gives the same bits as an uninterrupted one.
@@ -13,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from compressor.errors import PassError
 from compressor.lazy import torch
+from compressor.methods.pruning.curvature import Curvature
 from compressor.methods.pruning.masked_forward import (
     KEPT_BLOCK_BYTES,
     Dense,
     Draw,
     Places,
+    check_batches,
     distilled,
     gradients,
     labelled,
@@ -25,6 +31,7 @@ from compressor.methods.pruning.masked_forward import (
 )
 from compressor.methods.pruning.size_budget import STREAM, Size
 from compressor.methods.pruning.variational_masks import (
+    TINY,
     Masks,
     kl_divergence,
     lagrangian,
@@ -38,16 +45,19 @@ if TYPE_CHECKING:
     from compressor.protocol import RunnableModel
 
 RETRIES = 3  # how often a loss of NaN resets the masks to the last finite ones, at half the rate
+LEAST_CURVATURE = 1e-8  # of the mean: units below it, such as dead neurons, are equally noisy
 BETAS, EPS = (0.9, 0.999), 1e-8  # Adam's, as in the authors' code
 
 
 @dataclass(frozen=True)
 class Course:
     """target       share of the size to remove
+    steps           of training; 0 leaves the masks at their start
     samples         smallest number per step
     warmup          share of the steps over which the target rises from 0
     kl_factor       weight of the bottleneck's term; each mask has its own factor too
     save_every      steps between two saved states
+    start           balanced: noise by the curvature of the loss. equal: nearly no noise in any mask
     """
 
     target: float
@@ -59,12 +69,13 @@ class Course:
     kl_factor: float = 1e-6
     save_every: int = 50
     loss: str = "distill"
+    start: str = "equal"
 
 
 @dataclass(frozen=True)
 class Trained:
     """removed  share of the size that the soft masks remove at the end
-    losses  task loss of each step since the last start, per prediction
+    losses   task loss of each step since the last start, per prediction; empty without steps
     """
 
     masks: Masks
@@ -80,26 +91,79 @@ def train_masks(
     charges: Mapping[str, float],
     course: Course,
 ) -> Trained:
-    """Train masks of a frozen model that remove a share of its size.
+    """Find masks of a frozen model that remove a share of its size.
 
     sizes    units of each mask, by name: those of the output projections, their switches, and STREAM
     charges  factor of the bottleneck's term of each mask
-    raises   PassError if the loss stays NaN or infinite
+    raises   PassError if the loss stays NaN or infinite, or slopes are
     """
     seed = model.generator.initial_seed()
     model.keep_blocks(KEPT_BLOCK_BYTES)
-    dense = Dense.of(model)
-    state = _State.fresh(Masks.fresh(dict(sizes), torch.Generator().manual_seed(seed)), course)
-    begun = 0
-    if (saved := model.saved()) is not None:
+    every = torch.cat([torch.full((sizes[name],), charges[name]) for name in sizes])
+    masks = Masks.fresh(dict(sizes), torch.Generator().manual_seed(seed))
+    saved = model.saved()
+    is_begun = saved is not None and "retries" in saved[1]
+    if course.start == "balanced" and not is_begun:
+        curvature = _curvature(model, places, sizes, course, saved)
+        masks = balanced(masks, curvature, every, course.kl_factor)
+    state, begun = _State.fresh(masks, course), 0
+    if saved is not None and is_begun:
         begun = saved[0]
         state.load(saved[1])
+    losses = _train(model, places, size, every, course, state, begun) if course.steps else []
+    with torch.no_grad():
+        removed = float(_removed(masks, size, places))
+    return Trained(masks, removed, tuple(losses))
+
+
+def balanced(masks: Masks, curvature: torch.Tensor, charges: torch.Tensor, kl_factor: float) -> Masks:
+    """Masks of mean 1 with sigma² = kl_factor charge / curvature.
+
+    Curvatures are at least LEAST_CURVATURE of their mean, and kl_factor at least TINY, so that the noise is finite.
+    """
+    least = max(LEAST_CURVATURE * float(curvature.mean()), TINY)
+    noise = (max(kl_factor, TINY) * charges / curvature.clamp(min=least)).log()
+    return Masks(torch.ones_like(masks.mean), noise, masks.names, masks.sizes)
+
+
+def _curvature(
+    model: RunnableModel,
+    places: Places,
+    sizes: Mapping[str, int],
+    course: Course,
+    saved: tuple[int, Mapping[str, torch.Tensor]] | None,
+) -> torch.Tensor:
+    """(all units,) from every calibration batch once, as many at a time as in a training step."""
+    found, done = Curvature(sizes, course.loss == "task", model.generator.initial_seed()), 0
+    if saved is not None:
+        done = saved[0]
+        found.load(saved[1])
+    check_batches(model)
+    groups = list(_groups(model, course.samples))
+    for number in range(done, len(groups)):
+        model.progress(f"curvature {number + 1} of {len(groups)}", number / len(groups))
+        found.add(model, places, groups[number])
+        if (number + 1) % course.save_every == 0 and number + 1 < len(groups):
+            model.save(number + 1, found.tensors())
+    return found.mean()
+
+
+def _train(
+    model: RunnableModel,
+    places: Places,
+    size: Size,
+    every: torch.Tensor,
+    course: Course,
+    state: _State,
+    begun: int,
+) -> list[float]:
+    """Train the state's masks from step `begun` on, and return the loss of each step."""
+    seed, dense = model.generator.initial_seed(), Dense.of(model)
     counts = [
         predictions(model, dense, batch) if course.loss == "distill" else len(dense.before[batch])
         for batch in range(model.batches)
     ]
     objective = distilled(model, dense) if course.loss == "distill" else labelled(model)
-    every = torch.cat([torch.full((sizes[name],), charges[name]) for name in sizes])
     losses: list[float] = []
     for step, batches in enumerate(_schedule(dense, course, seed)):
         if step < begun:
@@ -118,10 +182,7 @@ def train_masks(
             losses.append(loss)
         if (step + 1) % course.save_every == 0 and step + 1 < course.steps:
             model.save(step + 1, state.tensors())
-    masks = state.masks
-    with torch.no_grad():
-        removed = float(_removed(masks, size, places))
-    return Trained(masks, removed, tuple(losses))
+    return losses
 
 
 @dataclass
@@ -257,3 +318,17 @@ def _schedule(dense: Dense, course: Course, seed: int) -> Iterator[list[int]]:
                 waiting = torch.randperm(len(dense.before), generator=generator).tolist()
             chosen.append(waiting.pop())
         yield chosen
+
+
+def _groups(model: RunnableModel, samples: int) -> Iterator[list[int]]:
+    """All batches in order, with at least `samples` samples in each group but the last."""
+    with model.loaded(0):
+        rows = [len(model.embeddings(batch)) for batch in range(model.batches)]
+    group: list[int] = []
+    count = 0
+    for batch in range(model.batches):
+        group.append(batch)
+        count += rows[batch]
+        if count >= samples or batch == model.batches - 1:
+            yield group
+            group, count = [], 0

@@ -8,7 +8,7 @@ loaded twice per step. Only the masks have gradients, not the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -160,8 +160,12 @@ def gradients(
     streams: Sequence[torch.Tensor],
     loss: Loss,
     weight: float = 1.0,
+    watched: Callable[[int], AbstractContextManager[None]] = lambda part: nullcontext(),
 ) -> float:
-    """The sum of the losses times `weight`. Gradients are added to `.grad` of the draws' masks, which are leaves."""
+    """The sum of the losses times `weight`. Gradients are added to `.grad` of the draws' masks, which are leaves.
+
+    watched  entered for each block while it runs with gradients
+    """
     run_blocks(model, draws, places, streams)
     total = 0.0
     slopes: list[torch.Tensor] = []
@@ -176,7 +180,7 @@ def gradients(
             assert last.grad is not None
             slopes.append(last.grad)
     for part in range(head - 1, 0, -1):
-        with model.loaded(part), torch.enable_grad():
+        with model.loaded(part), watched(part), torch.enable_grad():
             for number, draw in enumerate(draws):
                 before = draw.entered[part - 1].detach().requires_grad_()
                 with masked(model, part, draw.masks, places):
@@ -186,6 +190,17 @@ def gradients(
                 slopes[number] = before.grad
                 draw.entered.pop()
     return total
+
+
+def check_batches(model: RunnableModel) -> None:
+    """raises PassError if there is no calibration batch"""
+    if not model.batches:
+        raise PassError(
+            "no calibration batch was given",
+            where="data",
+            hint="Set data.source and data.samples in the recipe.",
+            data={"reason": "no-batch"},
+        )
 
 
 @dataclass(frozen=True)
@@ -198,13 +213,7 @@ class Dense:
     @classmethod
     def of(cls, model: RunnableModel) -> Dense:
         """raises PassError if there is no calibration batch"""
-        if not model.batches:
-            raise PassError(
-                "no calibration batch was given",
-                where="data",
-                hint="Set data.source and data.samples in the recipe.",
-                data={"reason": "no-batch"},
-            )
+        check_batches(model)
         with model.loaded(0), torch.no_grad():
             before = [model.embeddings(batch) for batch in range(model.batches)]
         draws = [Draw(batch, {}) for batch in range(model.batches)]
@@ -231,10 +240,10 @@ def distilled(model: RunnableModel, dense: Dense) -> Loss:
         return output
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
-        for part in _slices(last):
+        for part in slices(last):
             wanted = dense_output(batch, part)
             found = head(part)
-            yield (_squared_error if _is_hidden(wanted, last) else _divergence)(found, wanted)
+            yield (_squared_error if is_hidden(wanted, last) else _divergence)(found, wanted)
 
     return loss
 
@@ -251,8 +260,8 @@ def labelled(model: RunnableModel) -> Loss:
                 hint="Set loss: distill, or use data with a label column and data.pack: false.",
                 data={"reason": "no-labels"},
             )
-        for part in _slices(last):
-            found = _wide(head(part))
+        for part in slices(last):
+            found = wide(head(part))
             wanted = labels[part].to(found.device)
             if found.dim() != 2 or int(wanted.max()) >= found.shape[-1] or int(wanted.min()) < 0:
                 shape = "x".join(map(str, found.shape[1:]))
@@ -281,18 +290,18 @@ def predictions(model: RunnableModel, dense: Dense, batch: int) -> int:
     return len(dense.after[batch]) * (one.shape[1] if one.dim() == 3 else 1)
 
 
-def _slices(stream: torch.Tensor) -> Iterator[slice]:
+def slices(stream: torch.Tensor) -> Iterator[slice]:
     at_once = max(1, HEAD_TOKENS // stream.shape[1])
     for start in range(0, len(stream), at_once):
         yield slice(start, start + at_once)
 
 
-def _wide(output: torch.Tensor) -> torch.Tensor:
+def wide(output: torch.Tensor) -> torch.Tensor:
     """The output in float32 or wider."""
     return output if output.dtype == torch.float64 else output.float()
 
 
-def _is_hidden(output: torch.Tensor, stream: torch.Tensor) -> bool:
+def is_hidden(output: torch.Tensor, stream: torch.Tensor) -> bool:
     """Whether a model's output is its hidden states, which have the stream's width, and not logits."""
     return output.dim() == 3 and output.shape[-1] == stream.shape[-1]
 
@@ -304,7 +313,7 @@ def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def _squared_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    found, wanted = _wide(found), _wide(wanted)
+    found, wanted = wide(found), wide(wanted)
     return (found - wanted).square().mean(-1).sum(1) / wanted.var()
 
 
