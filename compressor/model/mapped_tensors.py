@@ -85,7 +85,8 @@ class MappedTensors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._files or func.__name__ == "__get__":  # a shape, a dtype or a device: no value is read
+        is_property = getattr(func, "__name__", "") == "__get__"  # as a shape or a dtype; no value is read
+        if is_property or not self._files:
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():  # else a mode around this one sees each question
             used = [value for value in _tensors((*args, *kwargs.values())) if self._file_of(value) is not None]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import tiny
 
-from compressor.engine.interrupt import SIGNALS, Stop, signals
+from compressor.engine.interrupt import GRACE_SECONDS, SIGNALS, Stop, signals
 from compressor.passes.rtn import RTN
 from compressor.recipe.recipe import parse_recipe
 from compressor.run import compress
@@ -142,8 +142,7 @@ def test_another_thread_changes_no_handler():
 PROGRAM = """
 import importlib, sys
 module, name, note = sys.argv[1:4]
-if {grace}:
-    importlib.import_module("compressor.engine.interrupt").GRACE_SECONDS = {grace}
+importlib.import_module("compressor.engine.interrupt").GRACE_SECONDS = {grace}
 def hang(*arguments, **options):
     open(note, 'w').close()
     for _ in [0]:
@@ -203,7 +202,7 @@ def test_a_stop_in_each_stage_ends_within_ten_seconds_and_resumes_to_the_same_by
     command = ["run", tmp_path / "r.yaml", "--model", "demo", "--output", out, "--json"]
     hang = HANG.get(hangs, "pass")
     if stage in STARTED_ANEW:
-        begin, program = start, PROGRAM.format(hang=hang, grace=None)
+        begin, program = start, PROGRAM.format(hang=hang, grace=GRACE_SECONDS)
     else:  # a process that ends by force is not waited for as long as a user waits
         begin, program = fresh.Going, fresh.PACKAGE + PROGRAM.format(hang=hang, grace=2.0)
     process = begin(program, module, name, note, *command)

@@ -23,6 +23,11 @@ def sizes_of(placed):
     return sizes | {projection.switch: 1 for projection in placed.projections if projection.switch}
 
 
+def streams(whole, batch):
+    with whole.loaded(0), torch.no_grad():
+        return {batch: whole.embeddings(batch)}
+
+
 def test_squared_slopes_are_those_of_a_mask_at_each_position():
     model = tiny.build("bert", dtype=torch.float64)
     batches = shaping.token_batches(2, 3, 7)
@@ -30,8 +35,8 @@ def test_squared_slopes_are_those_of_a_mask_at_each_position():
     sizes = sizes_of(placed)
     found = Curvature(sizes, True, 0)
     whole = shaping.Whole(model, batches, LABELS)
-    found.add(whole, placed, [0])
-    found.add(whole, placed, [1])
+    found.add(whole, placed, streams(whole, 0))
+    found.add(whole, placed, streams(whole, 1))
     assert whole.most_loaded == 1
     expected = {name: torch.zeros(count, dtype=torch.float64) for name, count in sizes.items()}
     for batch, labels in zip(batches, LABELS, strict=True):
@@ -60,7 +65,8 @@ def test_curvature_is_the_second_derivative_of_the_distance_from_the_dense_model
     ids = shaping.token_batches(1, 1, tokens)[0]["input_ids"]
     projection = shaping.places("llama" if family == "llama" else "bert", model).projections[-1]
     curvature = Curvature({projection.name: 64}, False, 0)
-    curvature.add(shaping.Whole(model, [{"input_ids": ids.expand(rows, tokens)}]), Places((projection,)), [0])
+    whole = shaping.Whole(model, [{"input_ids": ids.expand(rows, tokens)}])
+    curvature.add(whole, Places((projection,)), streams(whole, 0))
     found = curvature.mean().double()
     # differences of the distance: a row for each position and unit, whose signal is scaled there, by both signs
     wanted = torch.zeros(64, dtype=torch.float64)
@@ -141,7 +147,8 @@ def test_a_start_that_was_interrupted_goes_on_bit_by_bit(steps):
 def test_channels_of_the_stream_have_a_curvature_too():
     model = tiny.build("llama", dtype=torch.float64)
     found = Curvature({STREAM: 32}, False, 0)
-    found.add(shaping.Whole(model, shaping.token_batches(1, 2, 5)), Places((), shaping.stream_norms(model)), [0])
+    whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
+    found.add(whole, Places((), shaping.stream_norms(model)), streams(whole, 0))
     assert found.predictions == 10 and float(found.total[STREAM].min()) > 0
 
 
@@ -152,4 +159,4 @@ def test_slopes_that_are_not_finite_end_the_run():
     whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
     placed = shaping.places("llama", model)
     with raises(PassError, where="mask training", reason="not-finite"):
-        Curvature(sizes_of(placed), False, 0).add(whole, placed, [0])
+        Curvature(sizes_of(placed), False, 0).add(whole, placed, streams(whole, 0))

@@ -47,8 +47,9 @@ int main(int count, char** arguments) {
   if (count > 2) levels_asked = arguments[2];
   const std::string name = arguments[1];
   int64_t calls = 0;
-  if (const int wrong = name == "threads" || name.substr(0, 6) == "linear" ? check_threads() : check_ops(calls, name)) return wrong;
-  if (name.substr(0, 6) != "linear") {
+  const bool is_linear = name.substr(0, 6) == "linear";
+  if (const int wrong = is_linear || name == "threads" ? check_threads() : check_ops(calls, name)) return wrong;
+  if (!is_linear) {
     printf("%lld calls\n", (long long)calls);
     return 0;
   }

@@ -13,10 +13,10 @@ Channels of the residual stream have one mask for a sample, since they are read 
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import PassError
@@ -34,6 +34,7 @@ from compressor.methods.pruning.masked_forward import (
     wide,
 )
 from compressor.methods.pruning.size_budget import STREAM
+from compressor.methods.pruning.variational_masks import seeded
 
 if TYPE_CHECKING:
     from compressor.protocol import RunnableModel
@@ -53,17 +54,19 @@ class Curvature:
         self.predictions = 0
         self._is_labelled, self._seed = is_labelled, seed
 
-    def add(self, model: RunnableModel, places: Places, batches: Sequence[int]) -> None:
-        """Run batches forwards and backwards. raises PassError for slopes that are NaN or infinite"""
-        with model.loaded(0), torch.no_grad():
-            streams = [model.embeddings(batch) for batch in batches]
-        draws = [Draw(batch, {}) for batch in batches]
+    def add(self, model: RunnableModel, places: Places, streams: Mapping[int, torch.Tensor]) -> None:
+        """Run batches forwards and backwards. raises PassError for slopes that are NaN or infinite
+
+        streams  batch -> its residual stream before the first block
+        """
+        draws = [Draw(batch, {}) for batch in streams]
         if STREAM in self.total:
-            for draw, stream in zip(draws, streams, strict=True):
+            for draw, stream in zip(draws, streams.values(), strict=True):
                 draw.masks[STREAM] = torch.ones(len(stream), len(self.total[STREAM]), device=model.device)
                 draw.masks[STREAM].requires_grad_()
         loss = self._counted(labelled(model) if self._is_labelled else drawn_labels(model, self._seed))
-        gradients(model, draws, places, streams, loss, watched=lambda part: self._watched(model, part, places))
+        watched = partial(self._watched, model, places)
+        gradients(model, draws, places, list(streams.values()), loss, watched=watched)
         for draw in draws:
             for name, z in draw.masks.items():
                 assert z.grad is not None
@@ -100,7 +103,7 @@ class Curvature:
         return counted
 
     @contextmanager
-    def _watched(self, model: RunnableModel, part: int, places: Places) -> Iterator[None]:
+    def _watched(self, model: RunnableModel, places: Places, part: int) -> Iterator[None]:
         """Add the squared slopes of a part's masks while the part runs backwards."""
         with ExitStack() as stack:
             for projection in places.projections:
@@ -143,8 +146,7 @@ def drawn_labels(model: RunnableModel, seed: int) -> Loss:
     """
 
     def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
-        digest = hashlib.sha256(repr((seed, "labels", batch)).encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = seeded(seed, "labels", batch)
         for part in slices(last):
             found = wide(head(part))
             if is_hidden(found, last):

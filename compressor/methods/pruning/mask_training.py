@@ -11,7 +11,7 @@ training that resumes from a saved state gives the same bits as an uninterrupted
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,11 +106,7 @@ def train_masks(
     if course.start == "balanced" and not is_begun:
         curvature = _curvature(model, places, sizes, course, saved)
         masks = balanced(masks, curvature, every, course.kl_factor)
-    state, begun = _State.fresh(masks, course), 0
-    if saved is not None and is_begun:
-        begun = saved[0]
-        state.load(saved[1])
-    losses = _train(model, places, size, every, course, state, begun) if course.steps else []
+    losses = _train(model, places, size, every, course, masks, saved if is_begun else None) if course.steps else []
     with torch.no_grad():
         removed = float(_removed(masks, size, places))
     return Trained(masks, removed, tuple(losses))
@@ -139,10 +135,12 @@ def _curvature(
         done = saved[0]
         found.load(saved[1])
     check_batches(model)
-    groups = list(_groups(model, course.samples))
+    with model.loaded(0), torch.no_grad():
+        streams = [model.embeddings(batch) for batch in range(model.batches)]
+    groups = list(_groups([len(stream) for stream in streams], course.samples))
     for number in range(done, len(groups)):
         model.progress(f"curvature {number + 1} of {len(groups)}", number / len(groups))
-        found.add(model, places, groups[number])
+        found.add(model, places, {batch: streams[batch] for batch in groups[number]})
         if (number + 1) % course.save_every == 0 and number + 1 < len(groups):
             model.save(number + 1, found.tensors())
     return found.mean()
@@ -154,10 +152,14 @@ def _train(
     size: Size,
     every: torch.Tensor,
     course: Course,
-    state: _State,
-    begun: int,
+    masks: Masks,
+    saved: tuple[int, Mapping[str, torch.Tensor]] | None,
 ) -> list[float]:
-    """Train the state's masks from step `begun` on, and return the loss of each step."""
+    """Train the masks in place, from a saved state on if there is one, and return the loss of each step."""
+    state, begun = _State.fresh(masks, course), 0
+    if saved is not None:
+        begun = saved[0]
+        state.load(saved[1])
     seed, dense = model.generator.initial_seed(), Dense.of(model)
     counts = [
         predictions(model, dense, batch) if course.loss == "distill" else len(dense.before[batch])
@@ -320,15 +322,16 @@ def _schedule(dense: Dense, course: Course, seed: int) -> Iterator[list[int]]:
         yield chosen
 
 
-def _groups(model: RunnableModel, samples: int) -> Iterator[list[int]]:
-    """All batches in order, with at least `samples` samples in each group but the last."""
-    with model.loaded(0):
-        rows = [len(model.embeddings(batch)) for batch in range(model.batches)]
+def _groups(rows: Sequence[int], samples: int) -> Iterator[list[int]]:
+    """All batches in order, with at least `samples` samples in each group but the last.
+
+    rows  samples of each batch
+    """
     group: list[int] = []
     count = 0
-    for batch in range(model.batches):
+    for batch, own in enumerate(rows):
         group.append(batch)
-        count += rows[batch]
-        if count >= samples or batch == model.batches - 1:
+        count += own
+        if count >= samples or batch == len(rows) - 1:
             yield group
             group, count = [], 0

@@ -37,11 +37,15 @@ def soft_keep(alpha: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(-SHARPNESS * alpha)
 
 
+def seeded(*seeds: int | str) -> torch.Generator:
+    """A generator of the CPU whose numbers depend only on the seeds."""
+    digest = hashlib.sha256(repr(seeds).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 def noise(rows: int, units: int, *seeds: int) -> torch.Tensor:
     """(rows, units) standard normal numbers that depend only on the seeds."""
-    digest = hashlib.sha256(repr(seeds).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(rows, units, generator=generator)
+    return torch.randn(rows, units, generator=seeded(*seeds))
 
 
 def warmed(target: float, step: int, warmup_steps: int) -> float:
