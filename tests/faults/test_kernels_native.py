@@ -17,7 +17,8 @@ SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only", "gptq_solve")
 UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
 UNITS += ("scale_search", "second_moments", "block_functions", "threads")
-WIDE = ("int8_avx2", "int8_avx512", "int8_amx")  # many sizes of registers, each a template
+LONG = ("int8_avx2", "int8_avx512", "int8_amx", "dense_product")  # many sizes of registers, each a template
+LONG += ("kernels_check_ops",)
 CHECKS = ("kernels_check", "kernels_check_ops", "kernels_check_threads")
 FEATURES = Path("/proc/cpuinfo").read_text()
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
@@ -293,7 +294,7 @@ def system_headers() -> list[str]:
 
 def checked_object(source: Path) -> Path:
     """The object of a source with sanitizers, not optimized where that takes longer than it saves."""
-    return object_of(source, "-O0" if source.stem in WIDE else "-O1", "-g1", *SANITIZERS)
+    return object_of(source, "-O0" if source.stem in LONG else "-O1", "-g1", *SANITIZERS)
 
 
 def quick_object(unit: str, changed: tuple[str, str] | None = None, *flags: str) -> Path:

@@ -1,93 +1,107 @@
-// The 512-bit instructions that the CPU kernels use, in plain C++, for g++ -include: so their AVX-512 bodies run, and are
-// compared with the others, on a machine that has none. What each does is Intel's description of it.
+// The 512-bit instructions that the CPU kernels use, as pairs of AVX2's, for g++ -include: so their AVX-512 bodies run, and
+// are compared with the others, on a machine that has none. What each does is Intel's description of it.
 #pragma once
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #define AVX512_EMULATED 1
-#define TARGET_AVX512 __attribute__((target("avx2,fma,f16c")))  // of the 256-bit parts of the same bodies
+#define TARGET_AVX512 __attribute__((target("avx2,fma,f16c")))
 
 namespace emulated {
 
-template <class T> constexpr int LANES = 64 / sizeof(T);
-struct Floats { float v[16]; };
-struct Ints {
-  uint8_t bytes[64];
-  template <class T> T get(int i) const { T r; memcpy(&r, bytes + i * sizeof(T), sizeof(T)); return r; }
-  template <class T> void set(int i, T value) { memcpy(bytes + i * sizeof(T), &value, sizeof(T)); }
-};
-template <class T, class F> Ints each(F f) { Ints r; for (int i = 0; i < LANES<T>; i++) r.set<T>(i, T(f(i))); return r; }
-template <class F> Floats each_float(F f) { Floats r; for (int i = 0; i < 16; i++) r.v[i] = f(i); return r; }
+struct Ints { __m256i low, high; };
+struct Floats { __m256 low, high; };
 
-inline Ints load(const void* at) { Ints r; memcpy(r.bytes, at, 64); return r; }
-inline Floats load_ps(const void* at) { Floats r; memcpy(r.v, at, 64); return r; }
-inline void store(void* at, const Ints& a) { memcpy(at, a.bytes, 64); }
-inline void store_ps(void* at, const Floats& a) { memcpy(at, a.v, 64); }
-template <class T> Ints load_masked(uint64_t mask, const void* at) {
-  return each<T>([&](int i) { T r = 0; if (mask >> i & 1) memcpy(&r, (const char*)at + i * sizeof(T), sizeof(T)); return r; });
+// Both halves by the same instruction.
+#define EACH(NAME, INSTRUCTION) \
+  TARGET_AVX512 inline Ints NAME(const Ints& a, const Ints& b) { return {INSTRUCTION(a.low, b.low), INSTRUCTION(a.high, b.high)}; }
+EACH(add8, _mm256_add_epi8)
+EACH(add32, _mm256_add_epi32)
+EACH(bit_and, _mm256_and_si256)
+EACH(madd16, _mm256_madd_epi16)
+EACH(max32, _mm256_max_epi32)
+EACH(mullo32, _mm256_mullo_epi32)
+EACH(shuffle8, _mm256_shuffle_epi8)  // within lanes of 16 bytes
+EACH(sub8, _mm256_sub_epi8)
+#undef EACH
+#define EACH(NAME, INSTRUCTION) \
+  TARGET_AVX512 inline Ints NAME(const Ints& a, int bits) { \
+    const __m128i count = _mm_cvtsi32_si128(bits); \
+    return {INSTRUCTION(a.low, count), INSTRUCTION(a.high, count)}; \
+  }
+EACH(left16, _mm256_sll_epi16)
+EACH(left32, _mm256_sll_epi32)
+EACH(right16, _mm256_srl_epi16)
+EACH(right32_signed, _mm256_sra_epi32)
+#undef EACH
+
+TARGET_AVX512 inline Ints load(const void* at) { Ints r; memcpy(&r, at, 64); return r; }
+TARGET_AVX512 inline Floats load_ps(const void* at) { Floats r; memcpy(&r, at, 64); return r; }
+TARGET_AVX512 inline void store(void* at, const Ints& a) { memcpy(at, &a, 64); }
+TARGET_AVX512 inline void store_ps(void* at, const Floats& a) { memcpy(at, &a, 64); }
+template <class T> TARGET_AVX512 Ints load_masked(uint64_t mask, const void* at) {
+  T r[64 / sizeof(T)] = {};
+  for (int i = 0; i < 64 / int(sizeof(T)); i++) if (mask >> i & 1) memcpy(r + i, (const T*)at + i, sizeof(T));
+  return load(r);
 }
-inline Floats load_masked_ps(uint64_t mask, const void* at) { const Ints a = load_masked<int32_t>(mask, at); return load_ps(a.bytes); }
-inline void store_low_bytes(void* at, uint64_t mask, const Ints& a) {
-  for (int i = 0; i < 16; i++) if (mask >> i & 1) ((uint8_t*)at)[i] = uint8_t(a.get<uint32_t>(i));
+TARGET_AVX512 inline Floats as_floats(const Ints& a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
+TARGET_AVX512 inline Floats load_masked_ps(uint64_t mask, const void* at) { return as_floats(load_masked<int32_t>(mask, at)); }
+TARGET_AVX512 inline void store_low_bytes(void* at, uint64_t mask, const Ints& a) {
+  uint32_t v[16];
+  store(v, a);
+  for (int i = 0; i < 16; i++) if (mask >> i & 1) ((uint8_t*)at)[i] = uint8_t(v[i]);
 }
-inline __m128i low_bytes(const Ints& a) { uint8_t r[16]; store_low_bytes(r, 0xffff, a); return _mm_loadu_si128((const __m128i*)r); }
-inline Ints set1_epi8(int v) { return each<int8_t>([&](int) { return v; }); }
-inline Ints set1_epi32(int32_t v) { return each<int32_t>([&](int) { return v; }); }
-inline Floats set1_ps(float v) { return each_float([&](int) { return v; }); }
-inline Ints add8(const Ints& a, const Ints& b) { return each<uint8_t>([&](int i) { return a.get<uint8_t>(i) + b.get<uint8_t>(i); }); }
-inline Ints four_times(__m128i a) { Ints r; for (int i = 0; i < 4; i++) _mm_storeu_si128((__m128i*)r.bytes + i, a); return r; }
-inline Ints shuffle8(const Ints& a, const Ints& at) {  // within lanes of 16 bytes
-  return each<uint8_t>([&](int i) { const uint8_t n = at.get<uint8_t>(i); return n & 0x80 ? 0 : a.get<uint8_t>(i / 16 * 16 + n % 16); });
-}
-inline Ints add32(const Ints& a, const Ints& b) { return each<uint32_t>([&](int i) { return a.get<uint32_t>(i) + b.get<uint32_t>(i); }); }
-template <class T> Ints sub(const Ints& a, const Ints& b) { return each<T>([&](int i) { return a.get<T>(i) - b.get<T>(i); }); }
-inline Ints max32(const Ints& a, const Ints& b) {
-  return each<int32_t>([&](int i) { return a.get<int32_t>(i) > b.get<int32_t>(i) ? a.get<int32_t>(i) : b.get<int32_t>(i); });
-}
-inline Ints mullo32(const Ints& a, const Ints& b) { return each<uint32_t>([&](int i) { return a.get<uint32_t>(i) * b.get<uint32_t>(i); }); }
-inline Ints bit_and(const Ints& a, const Ints& b) { return each<uint64_t>([&](int i) { return a.get<uint64_t>(i) & b.get<uint64_t>(i); }); }
-inline Ints ternary(const Ints& a, const Ints& b, const Ints& c, int table) {
-  return each<uint64_t>([&](int i) {
-    uint64_t r = 0;
-    for (int bit = 0; bit < 64; bit++) {
-      const int entry = int(a.get<uint64_t>(i) >> bit & 1) << 2 | int(b.get<uint64_t>(i) >> bit & 1) << 1 | int(c.get<uint64_t>(i) >> bit & 1);
-      r |= uint64_t(table >> entry & 1) << bit;
-    }
-    return r;
-  });
-}
-template <class T> Ints left(const Ints& a, unsigned n) { return each<T>([&](int i) { return n < sizeof(T) * 8 ? a.get<T>(i) << n : 0; }); }
-template <class T> Ints right(const Ints& a, unsigned n) { return each<T>([&](int i) { return n < sizeof(T) * 8 ? a.get<T>(i) >> n : 0; }); }
-inline Ints madd16(const Ints& a, const Ints& b) {
-  return each<int32_t>([&](int i) {
-    return int32_t(a.get<int16_t>(2 * i)) * b.get<int16_t>(2 * i) + int32_t(a.get<int16_t>(2 * i + 1)) * b.get<int16_t>(2 * i + 1);
-  });
-}
-inline Ints dot(const Ints& sum, const Ints& a, const Ints& b) {  // vpdpbusd: bytes of a without sign, of b with
-  return each<uint32_t>([&](int i) {
-    int32_t r = 0;
-    for (int k = 0; k < 4; k++) r += int32_t(a.get<uint8_t>(4 * i + k)) * b.get<int8_t>(4 * i + k);
-    return sum.get<uint32_t>(i) + uint32_t(r);
-  });
-}
-inline int32_t sum_of(const Ints& a) { uint32_t r = 0; for (int i = 0; i < 16; i++) r += a.get<uint32_t>(i); return int32_t(r); }
-inline int32_t max_of(const Ints& a) { int32_t r = a.get<int32_t>(0); for (int i = 1; i < 16; i++) r = a.get<int32_t>(i) > r ? a.get<int32_t>(i) : r; return r; }
-inline Floats mul(const Floats& a, const Floats& b) { return each_float([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Floats fma(const Floats& a, const Floats& b, const Floats& c) { return each_float([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); }); }
-inline Floats to_floats(const Ints& a) { return each_float([&](int i) { return float(a.get<int32_t>(i)); }); }
-inline Ints to_ints(const Floats& a) {  // out of range and NaN: 0x80000000
-  return each<int32_t>([&](int i) { return std::fabs(a.v[i]) < 2147483648.f ? int32_t(std::nearbyint(a.v[i])) : INT32_MIN; });
-}
-inline Ints widen8(__m128i a) { uint8_t b[16]; _mm_storeu_si128((__m128i*)b, a); return each<uint32_t>([&](int i) { return b[i]; }); }
-inline Ints widen16(const __m256i& a) { uint16_t b[16]; memcpy(b, &a, 32); return each<uint32_t>([&](int i) { return b[i]; }); }
-TARGET_AVX512 inline Floats halves(const __m256i& a) {
-  Floats r;
-  _mm256_storeu_ps(r.v, _mm256_cvtph_ps(_mm256_castsi256_si128(a)));
-  _mm256_storeu_ps(r.v + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
+TARGET_AVX512 inline __m128i low_bytes(const Ints& a) { __m128i r; store_low_bytes(&r, 0xffff, a); return r; }
+TARGET_AVX512 inline Ints set1_epi8(int v) { return {_mm256_set1_epi8(char(v)), _mm256_set1_epi8(char(v))}; }
+TARGET_AVX512 inline Ints set1_epi32(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+TARGET_AVX512 inline Floats set1_ps(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+TARGET_AVX512 inline Ints four_times(__m128i a) { return {_mm256_broadcastsi128_si256(a), _mm256_broadcastsi128_si256(a)}; }
+TARGET_AVX512 inline __m256i ternary256(__m256i a, __m256i b, __m256i c, int table) {
+  const __m256i ones = _mm256_set1_epi32(-1);
+  __m256i r = _mm256_setzero_si256();
+  for (int entry = 0; entry < 8; entry++) {  // where a, b and c are the bits of entry, the result is that bit of the table
+    if (!(table >> entry & 1)) continue;
+    const __m256i x = entry & 4 ? a : _mm256_xor_si256(a, ones), y = entry & 2 ? b : _mm256_xor_si256(b, ones);
+    r = _mm256_or_si256(r, _mm256_and_si256(_mm256_and_si256(x, y), entry & 1 ? c : _mm256_xor_si256(c, ones)));
+  }
   return r;
+}
+TARGET_AVX512 inline Ints ternary(const Ints& a, const Ints& b, const Ints& c, int table) {
+  return {ternary256(a.low, b.low, c.low, table), ternary256(a.high, b.high, c.high, table)};
+}
+// vpdpbusd: bytes of a without sign, of b with; the products of even bytes and those of odd ones are exact sums of int32
+TARGET_AVX512 inline __m256i dot256(__m256i sum, __m256i a, __m256i b) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+TARGET_AVX512 inline Ints dot(const Ints& sum, const Ints& a, const Ints& b) { return {dot256(sum.low, a.low, b.low), dot256(sum.high, a.high, b.high)}; }
+TARGET_AVX512 inline int32_t sum_of(const Ints& a) {
+  uint32_t v[16], r = 0;
+  store(v, a);
+  for (const uint32_t of_lane : v) r += of_lane;
+  return int32_t(r);
+}
+TARGET_AVX512 inline int32_t max_of(const Ints& a) {
+  int32_t v[16];
+  store(v, a);
+  for (const int32_t of_lane : v) v[0] = of_lane > v[0] ? of_lane : v[0];
+  return v[0];
+}
+TARGET_AVX512 inline Floats mul(const Floats& a, const Floats& b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+TARGET_AVX512 inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+TARGET_AVX512 inline Floats to_floats(const Ints& a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+TARGET_AVX512 inline Ints to_ints(const Floats& a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+TARGET_AVX512 inline Ints widen8(__m128i a) { return {_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8))}; }
+TARGET_AVX512 inline Ints widen16(__m256i a) {
+  return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))};
+}
+TARGET_AVX512 inline Floats halves(__m256i a) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))};
 }
 
 }  // namespace emulated
@@ -98,7 +112,7 @@ TARGET_AVX512 inline Floats halves(const __m256i& a) {
 #define _mm512_add_epi8 emulated::add8
 #define _mm512_and_si512 emulated::bit_and
 #define _mm512_broadcast_i32x4 emulated::four_times
-#define _mm512_castsi512_ps(a) emulated::load_ps((a).bytes)
+#define _mm512_castsi512_ps emulated::as_floats
 #define _mm512_cvtepi32_epi8 emulated::low_bytes
 #define _mm512_cvtepi32_ps emulated::to_floats
 #define _mm512_cvtepu16_epi32 emulated::widen16
@@ -125,11 +139,11 @@ TARGET_AVX512 inline Floats halves(const __m256i& a) {
 #define _mm512_setzero_ps() emulated::set1_ps(0)
 #define _mm512_setzero_si512() emulated::set1_epi32(0)
 #define _mm512_shuffle_epi8 emulated::shuffle8
-#define _mm512_slli_epi16 emulated::left<uint16_t>
-#define _mm512_slli_epi32 emulated::left<uint32_t>
-#define _mm512_srai_epi32 emulated::right<int32_t>
-#define _mm512_srli_epi16 emulated::right<uint16_t>
+#define _mm512_slli_epi16 emulated::left16
+#define _mm512_slli_epi32 emulated::left32
+#define _mm512_srai_epi32 emulated::right32_signed
+#define _mm512_srli_epi16 emulated::right16
 #define _mm512_storeu_ps emulated::store_ps
 #define _mm512_storeu_si512 emulated::store
-#define _mm512_sub_epi8 emulated::sub<uint8_t>
+#define _mm512_sub_epi8 emulated::sub8
 #define _mm512_ternarylogic_epi32 emulated::ternary
