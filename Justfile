@@ -14,9 +14,7 @@ lint:
 
 # Mend what ruff can mend, and wrap the pages.
 format:
-    .venv/bin/ruff check --fix .
-    .venv/bin/ruff format .
-    bash -O extglob -c '.venv/bin/mdformat ./*.md docs/passes docs/!(settings|families).md'
+    scripts/lint --fix
 
 # Write the generated page, and check the links of all pages.
 docs:

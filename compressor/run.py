@@ -29,7 +29,7 @@ from compressor.engine.plan_records import Plan
 from compressor.engine.request import check_request, find_device, folders_above, left_as_found, named_output
 from compressor.engine.run_samples import read_samples
 from compressor.engine.stage_times import check_time, predict_stages
-from compressor.engine.sweep import Outcome, Sweeper, run_sweeps, save_probe
+from compressor.engine.sweep import Outcome, Sweeper, run_sweeps, save_verification_batch
 from compressor.errors import ArtifactError, GateError
 from compressor.evaluation.environment import environment
 from compressor.evaluation.evaluate import Measured, evaluate
@@ -195,13 +195,15 @@ def _left(stages: list[PredictedStage], journal: Journal) -> list[PredictedStage
 
 
 def _sweep(job: Job, stop: Stop) -> Outcome:
-    """Run the sweeps. The probe stays in `scratch`."""
+    """Run the sweeps. The verification batch and its output stay in `scratch`."""
     with job.clock.time("sweep"):
         sweeper = Sweeper(job.plan, job.journal, job.calibration, job.place, job.recipe.seed, job.emit, stop.is_asked)
         outcome = run_sweeps(sweeper)
     job.scratch.mkdir()
-    assert sweeper.probe is not None
-    save_probe(job.scratch / "probe.safetensors", outcome.structure, sweeper.probe, job.place)
+    assert sweeper.verification_output is not None
+    save_verification_batch(
+        job.scratch / "verification_batch.safetensors", outcome.structure, sweeper.verification_output, job.place
+    )
     return outcome
 
 
@@ -264,7 +266,7 @@ def _verify(job: Job) -> Findings:
     try:
         return verify.verify_in_child(
             job.built,
-            job.scratch / "probe.safetensors",
+            job.scratch / "verification_batch.safetensors",
             sealed=True,
             source=job.plan.source.checkpoint.directory,
             memory=job.recipe.limits.memory,

@@ -70,7 +70,7 @@ class Request(TypedDict):
     """What the new process is asked for; see verify_in_child."""
 
     directory: str
-    probe: str | None
+    batch: str | None
     sealed: bool
     deep: bool
     source: str | None
@@ -96,7 +96,7 @@ class StockRun:
     """Results of the artifact's stock loader, and what is compared with them later.
 
     model     kept if its layers are compared, otherwise None, so that its memory is free for the next model
-    expected  the in-memory result, if a probe holds it
+    expected  the in-memory result, if the verification batch comes with it
     """
 
     model: Any
@@ -116,7 +116,7 @@ class StockRun:
 
 def verify_in_child(
     directory: Path,
-    probe: Path | None,
+    batch: Path | None,
     *,
     sealed: bool,
     deep: bool = True,
@@ -126,7 +126,7 @@ def verify_in_child(
 ) -> Findings:
     """Run the checks in a new process and return its findings; `problems` is empty if the artifact is good.
 
-    probe   safetensors with the inputs and `output` of the in-memory result; None: compare only the loaders
+    batch   safetensors with the verification batch and `output`, the in-memory result; None: compare only the loaders
     sealed  whether the manifest lists every file already
     source  directory of the checkpoint from which the artifact was made; None: `not_compared` reports its absence
     memory  bytes that the process may use; None: most of what is free. Models that don't fit are loaded in parts
@@ -135,7 +135,7 @@ def verify_in_child(
     check_loader(read_manifest(directory)["route"])
     request: Request = {
         "directory": str(directory),
-        "probe": str(probe) if probe else None,
+        "batch": str(batch) if batch else None,
         "sealed": sealed,
         "deep": deep,
         "source": str(source) if source else None,
@@ -147,7 +147,7 @@ def verify_in_child(
 
 def verify(
     directory: Path,
-    probe: Path | None,
+    batch: Path | None,
     *,
     sealed: bool,
     deep: bool,
@@ -170,11 +170,11 @@ def verify(
         if found.loaded == "parts":
             return_large_blocks()
             source_limit = 0
-        folder = probe.parent if probe is not None else Path(tempfile.gettempdir())
+        folder = batch.parent if batch is not None else Path(tempfile.gettempdir())
         room = Room(limit_bytes(memory), MappedTensors(folder))
         original = SourceRequest(source, trust_remote_code, source_limit, room) if source is not None else None
         with quick_products(), room.mapped:
-            _compare_models(artifact, probe, original, room, found)
+            _compare_models(artifact, batch, original, room, found)
     if not found.problems:
         found.problems += ledger_problems(artifact.manifest, artifact.checkpoint, source)
     return found
@@ -197,13 +197,13 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
 
 
 def _compare_models(
-    artifact: Artifact, probe: Path | None, source: SourceRequest | None, room: Room, found: Findings
+    artifact: Artifact, batch: Path | None, source: SourceRequest | None, room: Room, found: Findings
 ) -> None:
     """Load the artifact both ways, then the source, and judge their outputs."""
     if found.loaded == "whole":
-        stock = _run_stock(artifact, probe, found)
+        stock = _run_stock(artifact, batch, found)
     else:
-        stock = _run_stock_parts(artifact, probe, room, found)
+        stock = _run_stock_parts(artifact, batch, room, found)
     own, output = _run_own(artifact, stock.inputs, room, found)
     outputs = {**stock.outputs, OWN: output}
     _check_shapes(outputs, stock.reference(outputs), found)
@@ -230,15 +230,15 @@ def _compare_models(
     _judge_outputs(outputs, stock, found)
 
 
-def _run_stock(artifact: Artifact, probe: Path | None, found: Findings) -> StockRun:
+def _run_stock(artifact: Artifact, batch: Path | None, found: Findings) -> StockRun:
     """Load the artifact by its stock loader, and run it twice."""
     model, info = load_stock(artifact.directory, artifact.manifest)
     found.stock_load = True
     _check_keys(artifact, info, found)
-    return _stock_run(artifact, model, probe, (STOCK, STOCK_AGAIN), keeps=artifact.forward is not None)
+    return _stock_run(artifact, model, batch, (STOCK, STOCK_AGAIN), keeps=artifact.forward is not None)
 
 
-def _run_stock_parts(artifact: Artifact, probe: Path | None, room: Room, found: Findings) -> StockRun:
+def _run_stock_parts(artifact: Artifact, batch: Path | None, room: Room, found: Findings) -> StockRun:
     """Run the artifact with the stock class, block by block, dequantized as its stock loader would.
 
     Layers that compute their own matmul can't be loaded in parts. Then ours stand for them, which is noted.
@@ -255,17 +255,17 @@ def _run_stock_parts(artifact: Artifact, probe: Path | None, room: Room, found: 
     found.unexpected = sorted(unused.tensor for unused in streamed.unused if unused.tensor not in beside)
     if found.unexpected:
         found.problems.append(f"{len(found.unexpected)} tensors fill nothing, such as {found.unexpected[0]}")
-    return _stock_run(artifact, streamed.model, probe, (STOCK,), keeps=False)
+    return _stock_run(artifact, streamed.model, batch, (STOCK,), keeps=False)
 
 
-def _stock_run(artifact: Artifact, model: Any, probe: Path | None, runs: tuple[str, ...], *, keeps: bool) -> StockRun:
+def _stock_run(artifact: Artifact, model: Any, batch: Path | None, runs: tuple[str, ...], *, keeps: bool) -> StockRun:
     """Run a model of the artifact, once for each of these names.
 
     keeps  its layers are compared later
     """
     use_eager_experts(model.config)
     with torch.no_grad(), without_cache(model), stock_works(artifact.directory):
-        inputs = load_file(probe) if probe else example_batch(model, torch.device("cpu"), samples=2, tokens=32)
+        inputs = load_file(batch) if batch else example_batch(model, torch.device("cpu"), samples=2, tokens=32)
         expected = inputs.pop("output", None)
         prints = Prints.of(model, artifact.manifest)
         outputs = {name: output_of(model(**inputs)) for name in runs}
@@ -353,10 +353,10 @@ def _judge_outputs(outputs: dict[str, Tensor], stock: StockRun, found: Findings)
 
 def main(request: Request) -> Verification:
     """Answer `verify_in_child`, in the new process."""
-    probe = Path(request["probe"]) if request["probe"] else None
+    batch = Path(request["batch"]) if request["batch"] else None
     found = verify(
         Path(request["directory"]),
-        probe,
+        batch,
         sealed=request["sealed"],
         deep=request["deep"],
         source=Path(request["source"]) if request["source"] else None,

@@ -105,8 +105,8 @@ def batch_labels(samples: Samples | None, device: torch.device, step: Step) -> l
     return [None if labels is None else labels[numbers].to(device) for numbers, _ in batches]
 
 
-def probe_batch(structure: Structure, device: torch.device) -> Batch:
-    """Fixed inputs of the probe batch. The written artifact must reproduce the logits of this batch."""
+def verification_batch(structure: Structure, device: torch.device) -> Batch:
+    """Fixed inputs of the verification batch. The written artifact must reproduce the logits of this batch."""
     return example_batch(structure.model, device, samples=2, tokens=32)
 
 

@@ -34,7 +34,7 @@ from compressor.model.structure import Structure
 from compressor.protocol import PartWork, RewritePass, TokenPass, WeightPass, Work
 from compressor.recipe.recipe import Step
 
-PROBE_TOKENS = 64
+VERIFICATION_TOKENS = 64
 LONG_SECONDS = 20.0
 LONGEST_SECONDS = 24 * 3600.0
 # of a laptop, to know whether measuring this machine is worth two seconds
@@ -110,8 +110,8 @@ def _redefining_work(plan: Plan, step: Step) -> list[Work | None]:
     data = data_size(plan.recipe, [step], reshape.before)
     if isinstance(settings, TokenPass):
         chosen = settings.work(reshape.facts, data, parts)
-        probe = [part.load + part.run * PROBE_TOKENS for part in parts]
-        return [None if chosen is None else chosen + probe[0], *probe[1:]]
+        batch = [part.load + part.run * VERIFICATION_TOKENS for part in parts]
+        return [None if chosen is None else chosen + batch[0], *batch[1:]]
     assert isinstance(settings, RewritePass)
     found = settings.work(reshape.facts, data, parts)
     if found is None:
@@ -131,10 +131,10 @@ def _storing_work(plan: Plan, steps: Sequence[Step], after: Sequence[PartWork]) 
     deciding = sum(2 * size.tokens for step, size in zip(steps, sizes, strict=True) if step.settings.decides)
     parts: list[Work | None] = []
     for number, part in enumerate(after):
-        work: Work | None = part.load * 2 + part.run * PROBE_TOKENS
+        work: Work | None = part.load * 2 + part.run * VERIFICATION_TOKENS
         if number <= structure.block_count:
             runs = 2 if any(True for _ in chosen_groups(structure, number, replacing)) else 1
-            work = part.load * 2 + part.run * (runs * tokens + deciding + PROBE_TOKENS)
+            work = part.load * 2 + part.run * (runs * tokens + deciding + VERIFICATION_TOKENS)
         for step, size in zip(steps, sizes, strict=True):
             chosen = {weight.name for weight in plan.selected[step.path]}
             for group in chosen_groups(structure, number, chosen):
@@ -153,7 +153,7 @@ def _verify_work(plan: Plan, before: Sequence[PartWork], after: Sequence[PartWor
 
     Our own loader runs with reference layers, which dequantize a stored weight each time that it is used.
     """
-    probe = run_of(after, PROBE_TOKENS)
+    batch = run_of(after, VERIFICATION_TOKENS)
     stored = _stored_values(plan)
     dense = float(sum(part.values for part in after))
     source = float(sum(part.values for part in before))
@@ -162,7 +162,7 @@ def _verify_work(plan: Plan, before: Sequence[PartWork], after: Sequence[PartWor
     tokens = GENERATED_TOKENS if needed <= limit_bytes(plan.recipe.limits.memory) else FEWEST_TOKENS
     steps = 1 + REFERENCE_RUNS + tokens + (2 if _is_custom(plan) else 0)
     return (
-        probe * (DENSE_RUNS + REFERENCE_RUNS)
+        batch * (DENSE_RUNS + REFERENCE_RUNS)
         + run_of(after, PROMPT_TOKENS)
         + Work(
             values=PASSES_OF_DEQUANTIZING * stored * steps + dense * tokens + PASSES_OF_CHECKING * (dense + source),

@@ -20,7 +20,7 @@ from compressor.artifact.export_format import ExportFormat
 from compressor.engine.block_io import free_all
 from compressor.engine.calibration_batch import (
     calibration_batches,
-    probe_batch,
+    verification_batch,
 )
 from compressor.engine.decisions import choose
 from compressor.engine.plan import decided_plan
@@ -147,17 +147,17 @@ def _gate_tokens(sweeper: Sweeper, plan: Plan, step: Step, before: Written) -> N
 
 
 def _run_probe(sweeper: Sweeper, stored: Written) -> None:
-    """Run the probe batch through the current model."""
+    """Run the verification batch through the current model."""
     structure = sweeper.structure
-    (probe,) = sweeper.batches(())
-    for part in walk(structure, [probe], sweeper.holder(partial(stored.source, structure))):
+    (batch,) = sweeper.batches(())
+    for part in walk(structure, [batch], sweeper.holder(partial(stored.source, structure))):
         if part.is_head:
-            sweeper.probe = part.output(probe)
+            sweeper.verification_output = part.output(batch)
     free_all(structure)
 
 
-def save_probe(path: Path, structure: Structure, logits: Tensor, device: torch.device) -> None:
-    batch = probe_batch(structure, device)
+def save_verification_batch(path: Path, structure: Structure, logits: Tensor, device: torch.device) -> None:
+    batch = verification_batch(structure, device)
     save_file(
         {**{k: v.cpu().contiguous() for k, v in batch.items()}, "output": logits.float().cpu().contiguous()}, path
     )

@@ -18,7 +18,7 @@ from compressor.engine.block_view import BlockView, Needs
 from compressor.engine.calibration_batch import (
     CalibrationBatch,
     calibration_batches,
-    probe_batch,
+    verification_batch,
 )
 from compressor.engine.events import Emit, Progress
 from compressor.engine.plan_records import Plan
@@ -37,7 +37,7 @@ class Sweeper:
     The plan that a sweep follows is its argument, because a pass that chooses shapes makes the sweeps after it follow
     another plan than `first_plan`, which was made before the run.
 
-    probe   output of the stored model for the probe batch, after the last part has run
+    verification_output  of the stored model for the verification batch, after the last part has run
     spill   where the batches' hidden states lie; None: in memory, if the plan says that they fit
     mapped  makes the parameters of experts; None: in memory, if the plan says that they fit
     """
@@ -49,7 +49,7 @@ class Sweeper:
     seed: int
     emit: Emit
     is_interrupted: Callable[[], bool]
-    probe: Tensor | None = None
+    verification_output: Tensor | None = None
     needs: Needs = field(default_factory=dict)
     structure: Structure = field(init=False)
     progress: Progress = field(init=False)
@@ -73,9 +73,9 @@ class Sweeper:
         self.emit({"event": "sweep", "sweep": number, "parts": parts, "passes": passes})
 
     def batches(self, steps: tuple[Step, ...]) -> list[CalibrationBatch]:
-        """Calibration batches before the embeddings (none if no step reads inputs), and the probe batch at the end."""
+        """Calibration batches before the embeddings (none if no step reads inputs), and last the verification batch."""
         found = calibration_batches(self.structure, self.device, self.samples, steps, self.spill)
-        return [*found, CalibrationBatch.before_embeddings(probe_batch(self.structure, self.device))]
+        return [*found, CalibrationBatch.before_embeddings(verification_batch(self.structure, self.device))]
 
     def holder(self, source: Callable[[int], PartSource | None], **options: Any) -> Holder:
         return Holder(self.structure, self.device, source, self.is_interrupted, mapped=self.mapped, **options)
@@ -84,7 +84,7 @@ class Sweeper:
         return int.from_bytes(hashlib.sha256(repr((self.seed, *place)).encode()).digest()[:8], "little") >> 1
 
     def view(self, plan: Plan, sweep: int, step: Step, part: Part, seed: int) -> BlockView:
-        """The view of a loaded part for a step. It has all batches except the last, the probe batch."""
+        """The view of a loaded part for a step. It has all batches except the last, the verification batch."""
         return BlockView(
             part.structure,
             part.number,

@@ -38,7 +38,7 @@ class StoringSweep:
 
     plan       the plan that it follows
     before     the model that the earlier sweeps wrote
-    batches    calibration batches, and the probe batch as the last one
+    batches    calibration batches, and the verification batch as the last one
     decisions  the choice of each step over the whole model
     """
 
@@ -99,19 +99,19 @@ def run_weight_sweep(sweeper: Sweeper, plan: Plan, number: int, steps: tuple[Ste
 
 
 def _take_on(sweep: StoringSweep, part: Part) -> None:
-    """Run the batches through the part as it is stored. raises PassError if the probe batch overflows"""
-    probe = sweep.batches[-1]
-    entered = probe.hidden
+    """Run the batches through the part as it is stored. raises PassError if the verification batch overflows"""
+    batch = sweep.batches[-1]
+    entered = batch.hidden
     part.advance()
     if part.is_block:
-        _check_probe(sweep, part, probe.hidden, entered)
+        _check_verification_batch(sweep, part, batch.hidden, entered)
     if part.is_head:
-        sweep.sweeper.probe = part.output(probe)
-        _check_probe(sweep, part, sweep.sweeper.probe, entered)
+        sweep.sweeper.verification_output = part.output(batch)
+        _check_verification_batch(sweep, part, sweep.sweeper.verification_output, entered)
 
 
-def _check_probe(sweep: StoringSweep, part: Part, output: Tensor, entered: Tensor) -> None:
-    """Stop if the probe batch overflows, because the artifact must reproduce its outputs.
+def _check_verification_batch(sweep: StoringSweep, part: Part, output: Tensor, entered: Tensor) -> None:
+    """Stop if the verification batch overflows, because the artifact must reproduce its outputs.
 
     output   output of the stored part for `entered`
     raises   PassError naming the part, and whether the model or its storing is the cause

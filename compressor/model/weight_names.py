@@ -36,7 +36,7 @@ from compressor.model.unused_tensors import Unused, unused_tensor
 from compressor.model.weights import Weight, part_of
 from compressor.storage.safetensors_file import TensorInfo, same_bytes
 
-ROWS_SHIFT = 32  # a probe row is (source number << 32) + row number
+ROWS_SHIFT = 32  # a numbered row is (source number << 32) + row number
 
 
 @dataclass(frozen=True)
@@ -340,19 +340,19 @@ def placed_rows(
 
     None if the rows are not kept together, or the rule does not move rows
     """
-    probes = []
+    numbered = []
     for number, part in enumerate(parts):
         size = checkpoint.tensors[part.tensor].shape[0] if checkpoint.tensors[part.tensor].shape else 0
-        probes.append((part, (torch.arange(size) + (number << ROWS_SHIFT)).reshape(size, 1)))
+        numbered.append((part, (torch.arange(size) + (number << ROWS_SHIFT)).reshape(size, 1)))
     try:
-        placed = _convert(rule, probes, model)[rule.first]
+        placed = _convert(rule, numbered, model)[rule.first]
     except ModelError:  # the rule needs more than rows
         return None
     if placed.dim() != 3 or tuple(placed.shape[:2]) != tuple(shape[:2]):
         return None
     tags, length = placed[..., 0].flatten(), placed.shape[1]
     numbers, inner, place = tags >> ROWS_SHIFT, tags & ((1 << ROWS_SHIFT) - 1), torch.arange(len(tags))
-    counts = torch.tensor([len(probe) for _, probe in probes])
+    counts = torch.tensor([len(rows) for _, rows in numbered])
     if not bool(((numbers >= 0) & (numbers < len(parts))).all()) or not bool(counts.all()):
         return None
     first = torch.full((len(parts),), len(tags)).scatter_reduce(0, numbers, place, "amin")

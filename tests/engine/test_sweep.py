@@ -64,7 +64,7 @@ def test_experts_in_a_mapped_file_change_no_byte(family, tmp_path, monkeypatch):
     assert left == {".safetensors"}
 
 
-def test_paused_batches_keep_what_the_small_probe_batch_reads(tmp_path, monkeypatch):
+def test_paused_batches_keep_what_the_small_verification_batch_reads(tmp_path, monkeypatch):
     """At its down projection a block reads its residual stream, and the product that the projection multiplies."""
     kept = []
     keep_only = block_view.RecordedForward.keep_only

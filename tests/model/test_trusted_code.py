@@ -127,7 +127,7 @@ def test_code_that_this_release_would_not_write_does_not_run_and_is_named(plant,
 def test_verify_names_planted_code(plant, artifact, marker):
     name = plant(artifact, marker)
     seal_again(artifact)
-    request = {"directory": str(artifact), "probe": None, "sealed": True, "deep": True, "memory": None}
+    request = {"directory": str(artifact), "batch": None, "sealed": True, "deep": True, "memory": None}
     try:
         problems = main({**request, "source": None, "trust_remote_code": False})["problems"]
     except ArtifactError as error:

@@ -25,7 +25,7 @@ with open(os.environ["TOLD"], "w") as file:
     file.write(" ".join(said))
 os._exit(0)
 """
-REQUEST = {"directory": ".", "probe": None, "sealed": False, "deep": False, "source": None, "trust_remote_code": False}
+REQUEST = {"directory": ".", "batch": None, "sealed": False, "deep": False, "source": None, "trust_remote_code": False}
 
 
 @pytest.fixture
