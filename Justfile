@@ -1,4 +1,4 @@
-# What is typed often. `just --list` shows it; every line works without just, too.
+# What is typed often. `just --list` shows it. Without just, run the line below a name.
 
 # Set up and run style, types and the tests of every day.
 test *arguments:
@@ -18,6 +18,7 @@ format:
 
 # Write the generated page, and check the links of all pages.
 docs:
+    bash -c 'source scripts/setup_env dev'
     .venv/bin/python scripts/gen_reference.py
     .venv/bin/pytest tests/test_doc_links.py
 

@@ -91,7 +91,7 @@ def in_process(monkeypatch):
     """Verify without a child process, which takes five seconds to start."""
     verify = importlib.import_module("compressor.artifact.verify")  # only here, since it imports torch
 
-    def here(directory, probe, **more):
-        return verify.verify(directory, probe, **{"deep": True, **more})
+    def here(directory, batch, **more):
+        return verify.verify(directory, batch, **{"deep": True, **more})
 
     monkeypatch.setattr(verify, "verify_in_child", here)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 from pathlib import Path
 
 import compressor
 from compressor import errors
 from compressor.errors import CompressError, ShapeError
+from compressor.recipe.json_schema import recipe_json_schema
 
 PACKAGE = Path(compressor.__file__).parent
 KINDS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, CompressError)}
@@ -39,3 +42,17 @@ def test_every_error_has_a_hint():
         if not (kind == ShapeError.__name__ and path.is_relative_to(PACKAGE / "kernels"))
     ]
     assert found == []
+
+
+def test_a_hint_about_a_setting_names_one_that_is_there():
+    """Hints of passes, of their mathematics and of the analysis: what stands in backquotes is a key of a recipe."""
+    keys = set(re.findall(r'"([a-z_]+)": ', json.dumps(recipe_json_schema())))
+    found = {}
+    for package in ("passes", "methods", "analysis"):
+        for path in sorted((PACKAGE / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.keyword) and node.arg == "hint":
+                    for name in re.findall(r"`(\w+)", ast.unparse(node.value)):
+                        found.setdefault(name, []).append(f"{path.name}:{node.value.lineno}")
+    assert "sites" in found and "prunables" not in keys
+    assert {name: places for name, places in found.items() if name not in keys} == {}

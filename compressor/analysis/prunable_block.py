@@ -105,13 +105,15 @@ class Finder:
                 units = decoded_units([m.reshape(-1, m.shape[-1]) for m in moved], 1, groups)
                 if bool((units < 0).any()):
                     raise ModelError(
-                        "what its heads give is mixed before a matrix reads it",
+                        "the outputs of its heads are mixed before a matrix reads them",
                         where=f"{where}.{_owner(call.parameter)}",
                         hint=HINT,
                         data={"reason": "heads-mixed"},
                     )
                 return call.parameter, units
-        raise ModelError("no matrix reads what its heads give", where=where, hint=HINT, data={"reason": "no-reader"})
+        raise ModelError(
+            "no matrix reads the outputs of its heads", where=where, hint=HINT, data={"reason": "no-output-projection"}
+        )
 
     def ffn(self) -> PrunableModule:
         if fused := [name for name, product in self.products.items() if product.fused_experts]:
@@ -126,10 +128,10 @@ class Finder:
         ]
         if not projections:
             raise ModelError(
-                "no matrix reads what another of its matrices makes column by column",
+                "no matrix reads the output of another of its matrices column by column",
                 where=self.where,
                 hint=HINT,
-                data={"reason": "no-reader"},
+                data={"reason": "no-output-projection"},
             )
         prunables = []
         for projection in projections:
@@ -140,10 +142,13 @@ class Finder:
         if len(prunables) > 1:
             names = " and ".join(prunable.output_projection for prunable in prunables)
             raise ModelError(
-                f"{names} both read units, and only one of them can be pruned",
+                f"{names} both read outputs of its activation, and only the inputs of one matrix can be pruned",
                 where=self.where,
                 hint=HINT,
-                data={"reason": "two-readers", "readers": [prunable.output_projection for prunable in prunables]},
+                data={
+                    "reason": "two-output-projections",
+                    "output_projections": [prunable.output_projection for prunable in prunables],
+                },
             )
         return prunables[0]
 
@@ -242,10 +247,10 @@ class Finder:
                 made.add(bias)
         if len(slices) == 1:
             raise ModelError(
-                "no matrix computes its units one by one",
+                "no matrix computes its heads or neurons one by one",
                 where=f"{self.where}.{_owner(projection)}",
                 hint=HINT,
-                data={"reason": "no-maker"},
+                data={"reason": "no-input-projection"},
             )
         return tuple(slices), shared
 

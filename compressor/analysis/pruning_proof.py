@@ -134,7 +134,7 @@ def _filled(model: PreTrainedModel, values: Mapping[str, Tensor]) -> PreTrainedM
     for name in sorted(shapes.keys() | values.keys()):
         if name not in shapes or name not in values or shapes[name] != values[name].shape:
             raise ModelError(
-                f"{name} is of another shape then",
+                f"{name} has another shape once heads or neurons are removed",
                 where=type(model).__name__,
                 hint=HINT,
                 data={"reason": "other-shape", "parameter": name},

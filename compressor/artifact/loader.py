@@ -53,7 +53,9 @@ def load(
     """
     if kernels not in KERNELS:
         raise UsageError(
-            f"kernels {kernels!r}", hint="Use one of: " + ", ".join(KERNELS), data={"kernels": str(kernels)}
+            f"kernels={kernels!r} is unknown",
+            hint="Use one of: " + ", ".join(KERNELS),
+            data={"kernels": str(kernels)},
         )
     directory = Path(directory)
     manifest = read_manifest(directory)

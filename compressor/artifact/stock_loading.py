@@ -95,7 +95,7 @@ def _check_export_format(checkpoint: Checkpoint, export_format: str) -> None:
             f"export format {export_format!r} is unknown to this release",
             where=MANIFEST,
             hint="Run pip install -U compress-model, or build the artifact again with this release.",
-            data={"reason": "unknown-route", "route": export_format},
+            data={"reason": "unknown-export-format", "route": export_format},
         )
     asked = checkpoint.quantization_config
     method = asked.get("quant_method") if isinstance(asked, dict) else asked
@@ -104,7 +104,7 @@ def _check_export_format(checkpoint: Checkpoint, export_format: str) -> None:
             f"quantization_config has the method {method!r}, but the manifest has {export_format}",
             where="config.json",
             hint="Copy the artifact again from where it was written, or build it again.",
-            data={"reason": "other-route", "asked": str(method), "route": export_format},
+            data={"reason": "other-export-format", "asked": str(method), "route": export_format},
         )
 
 

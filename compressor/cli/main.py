@@ -124,9 +124,9 @@ def _refusal(error: BaseException, stop: Stop) -> CompressError | None:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         name = str(error.filename)
         return UsageError(
-            f"a name of {len(name):,} signs is too long for a file",
+            f"a name of {len(name):,} characters is too long for a file",
             where=f"{name[:60]}...",
-            hint="Use a shorter name.",
+            hint="Use a name of at most 255 bytes.",
             data={"reason": "name-too-long", "length": len(name)},
         )
     if isinstance(error, RecursionError):

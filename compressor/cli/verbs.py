@@ -113,7 +113,9 @@ def run(
     ctx: typer.Context,
     recipe: RecipeArg,
     model: ModelOpt,
-    output: Annotated[Path, typer.Option(help="Directory for the artifact. It must not exist.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option(help="Write the artifact to this directory. With --fresh it may exist.", show_default=False)
+    ],
     set_: SetOpt = None,
     device: DeviceOpt = "auto",
     threads: ThreadsOpt = None,
@@ -213,7 +215,7 @@ def plan(
         raise planned.problems[0]
     if strict and planned.plan.warnings:
         raise UsageError(
-            f"{len(planned.plan.warnings)} warnings and --strict",
+            f"--strict allows no warning, and the plan has {len(planned.plan.warnings)}",
             where="plan",
             hint="Change the recipe as the warnings above say, or leave --strict out.",
             data={"reason": "warnings", "warnings": len(planned.plan.warnings)},
@@ -307,9 +309,9 @@ def compare(
     """Compare the bytes, metrics and errors of several artifacts."""
     if len(paths) < 2:
         raise UsageError(
-            "two or more are needed",
+            f"{len(paths)} path was given, and a comparison needs at least two",
             where="compare",
-            hint="Pass two or more artifacts, reports or checkpoints.",
+            hint="Add the path of another artifact, report or checkpoint.",
             data={"reason": "too-few", "paths": len(paths)},
         )
     _look_for(*map(str, paths))

@@ -164,7 +164,7 @@ def _message(message: Message, number: int, field: str, name: str, row: int) -> 
             raise RecipeError(
                 f"message {number} in {field!r} has no text in {key!r}",
                 where=where,
-                hint=f"Write a text into {key!r} of this message, or remove the row.",
+                hint="Fill it in, or remove the row.",
                 data={"reason": "no-message-text", "message": number, "field": field, "key": key},
             )
         for text in texts:

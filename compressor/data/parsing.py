@@ -103,12 +103,12 @@ def _load_json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except (ValueError, RecursionError) as error:
-        probe = {"repeated": error.key} if isinstance(error, _RepeatedKey) else {}
+        repeated = {"repeated": error.key} if isinstance(error, _RepeatedKey) else {}
         raise RecipeError(
             f"is not JSON ({str(error)[:160]})",
             where=where,
             hint="Correct the file at that place, or export it again.",
-            data={"reason": "bad-json", "cause": str(error)[:160], **probe},
+            data={"reason": "bad-json", "cause": str(error)[:160], **repeated},
         ) from error
 
 
@@ -124,8 +124,8 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         seen: set[str] = set()
-        probe = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _RepeatedKey(probe)
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _RepeatedKey(repeated)
     return row
 
 

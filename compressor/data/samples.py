@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compressor.data.chat_template import chat_renderer
 from compressor.data.chats import Render, no_template, texts_of
@@ -238,12 +238,6 @@ def _check_room(settings: Settings) -> None:
             hint="Set a smaller samples or length.",
             data={"samples": settings.samples, "length": settings.length, "size": size, "limit": most},
         )
-
-
-def read_documents(settings: Settings) -> tuple[list[str], list[Any] | None, str]:
-    """(texts, unchanged labels or None, sha256 of the content). raises RecipeError; a chat needs a model"""
-    texts, _, rows = _read_texts(settings, None, False)
-    return texts, rows.labels, rows.sha256
 
 
 def _read_texts(settings: Settings, model_directory: Path | None, trust: bool) -> tuple[list[str], bool, Rows]:

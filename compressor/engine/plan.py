@@ -251,7 +251,7 @@ def _check_shared_tables(structure: Structure, formats: Mapping[str, StoredWeigh
                     f"shares its weight with {other}, which multiplies by it and would be left without a weight",
                     where=stored.weight.name,
                     hint=f'Set except: ["{stored.weight.name}"] for this step.',
-                    data={"reason": "shared-table", "other": other},
+                    data={"reason": "shared-embedding", "other": other},
                 )
             )
 

@@ -74,9 +74,9 @@ def named_output(output: Path) -> Path:
         )
     if len(os.fsencode(f"{named.name}.rejected")) > LONGEST_NAME:
         raise UsageError(
-            "the name is too long",
+            f"the name takes {len(os.fsencode(named.name))} bytes",
             where=f"{named.name[:40]}...",
-            hint="Pass --output with a shorter name.",
+            hint=f"Pass --output with a name of at most {LONGEST_NAME - len('.rejected')} bytes.",
             data={"reason": "name-too-long"},
         )
     return named

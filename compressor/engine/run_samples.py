@@ -1,6 +1,6 @@
 """Reads the samples of a run for calibration and for evaluation, and makes sure that they are not the same.
 
-If `data` and `eval.data` name the same documents, these are divided (`data_parts`). If two sources share documents,
+If `data` and `eval.data` name the same documents, these are divided (`data/parts.py`). If two sources share documents,
 the run is refused. An evaluation without a run reads the same samples as the run of its recipe.
 """
 

@@ -159,7 +159,7 @@ def _without_shared_tables(
             kept.append(weight)
             continue
         message = f"shares its weight with {other}, which multiplies by it, so it stays dense; the ! allows that"
-        findings.warn("shared-table", weight.name, message, other=other)
+        findings.warn("shared-embedding", weight.name, message, other=other)
     return kept
 
 

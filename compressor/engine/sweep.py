@@ -97,7 +97,7 @@ def _run_sweeps(sweeper: Sweeper) -> Outcome:
         stored = run_weight_sweep(sweeper, plan, len(sweeps), (), stored)
         files = stored.files
     elif not isinstance(sweeps[-1][0].settings, WeightPass):
-        _run_probe(sweeper, stored)
+        _run_verification_batch(sweeper, stored)
     structure, formats = sweeper.structure, dict(sorted(stored.formats.items()))
     ledger = ledger_of_run(plan.source, structure, plan.recipe, plan.reshapes, formats, sweeper.journal.lines)
     return Outcome(plan, structure, files, formats, ledger)
@@ -146,12 +146,12 @@ def _gate_tokens(sweeper: Sweeper, plan: Plan, step: Step, before: Written) -> N
         _prepare(sweeper, plan)
 
 
-def _run_probe(sweeper: Sweeper, stored: Written) -> None:
+def _run_verification_batch(sweeper: Sweeper, stored: Written) -> None:
     """Run the verification batch through the current model."""
     structure = sweeper.structure
     (batch,) = sweeper.batches(())
     for part in walk(structure, [batch], sweeper.holder(partial(stored.source, structure))):
-        if part.is_head:
+        if part.is_output_head:
             sweeper.verification_output = part.output(batch)
     free_all(structure)
 

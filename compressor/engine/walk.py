@@ -54,7 +54,7 @@ class Part:
         return 0 < self.number <= self.structure.block_count
 
     @property
-    def is_head(self) -> bool:
+    def is_output_head(self) -> bool:
         return self.number == self.structure.block_count + 1
 
     def advance(self, push: Callable[[], Any] | None = None) -> None:

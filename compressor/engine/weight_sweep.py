@@ -105,7 +105,7 @@ def _take_on(sweep: StoringSweep, part: Part) -> None:
     part.advance()
     if part.is_block:
         _check_verification_batch(sweep, part, batch.hidden, entered)
-    if part.is_head:
+    if part.is_output_head:
         sweep.sweeper.verification_output = part.output(batch)
         _check_verification_batch(sweep, part, sweep.sweeper.verification_output, entered)
 
@@ -189,7 +189,9 @@ def _run_steps(sweep: StoringSweep, part: Part) -> Changes:
         view.decision = decision
         settings = step.settings
         assert isinstance(settings, WeightPass)
-        work = settings.embeddings if part.number == 0 else settings.output_head if part.is_head else settings.block
+        work = (
+            settings.embeddings if part.number == 0 else settings.output_head if part.is_output_head else settings.block
+        )
         try:
             work(view)
         except torch.OutOfMemoryError as error:

@@ -2,7 +2,8 @@
 
 Each model runs by the same loop: its embeddings, then block after block over all samples. Then both output heads run on
 a few positions at a time, and their logits are compared and forgotten. In memory are one block, or both output heads,
-and the hidden states of all samples, which lie in files if they don't fit.
+and the hidden states of all samples, which lie in files if they don't fit. The loop is not that of `engine.walk`, which
+fills the parts of a checkpoint: these models fill and empty their own modules when they run (`model.streamed`).
 
 A model must be a plain stack of blocks. This is proven on a few tokens of the data: the model runs once as a whole,
 with one block in memory at a time, and the loop must give the same output bit for bit. If the logits of a position
@@ -62,7 +63,7 @@ class Side:
     def keep(self, number: int, value: Tensor) -> None:
         self.hidden[number] = value if self.folder is None else self.folder.keep(value)
 
-    def head(self, inputs: Tensor, hidden: Tensor) -> Tensor:
+    def output_head(self, inputs: Tensor, hidden: Tensor) -> Tensor:
         """The output of the model for these hidden states after the last block."""
         with self.streamed.blanking(self.before_blocks):
             return self.pieces.output_head({self.model.main_input_name: inputs}, hidden)
@@ -137,9 +138,9 @@ def _run_blocks(streamed: StreamedModel, inputs: list[Tensor], folder: SpillFold
                 side.keep(number, pieces.block(index, side.of(number), calls[number][index]))
     with streamed.keeping():
         last = side.of(len(inputs))
-        if not torch.equal(side.head(proof, last), expected):
+        if not torch.equal(side.output_head(proof, last), expected):
             side.before_blocks = {}  # an output head that reads the embeddings' outputs, too
-            if not torch.equal(side.head(proof, last), expected):
+            if not torch.equal(side.output_head(proof, last), expected):
                 raise NotInParts("its output differs when the blocks are run one by one")
         side.is_positionwise = is_causal(side.model) and _is_positionwise(side, proof, last, expected)
     return side
@@ -148,7 +149,7 @@ def _run_blocks(streamed: StreamedModel, inputs: list[Tensor], folder: SpillFold
 def _is_positionwise(side: Side, inputs: Tensor, hidden: Tensor, output: Tensor) -> bool:
     """Whether the output head gives the second half of the positions the same output without the first half."""
     half = inputs.shape[1] // 2
-    found = side.head(inputs[:, half:], hidden[:, half:])
+    found = side.output_head(inputs[:, half:], hidden[:, half:])
     allowed = POSITION_UNITS * torch.finfo(output.dtype).eps * float(output.abs().max())
     return bool(((found - output[:, half:]).abs() <= allowed).all())  # NaN is not
 
@@ -176,8 +177,8 @@ def _batch_sums(
             found.append(_sample_sums(before, after, ids, first, second))
             continue
         value = ids if ids.dtype == torch.int64 else ids.to(after.model.dtype)
-        earlier = None if before is None or first is None else before.head(value, first).float()
-        later = after.head(value, second).float()
+        earlier = None if before is None or first is None else before.output_head(value, first).float()
+        later = after.output_head(value, second).float()
         if labels is not None:
             check_labels(labels[at], later, type(after.model).__name__)
         found.append(batch_sums(earlier, later, ids, None if labels is None else labels[at], causal=False))
@@ -209,5 +210,5 @@ def _sample_sums(
 def _logits(side: Side, ids: Tensor, hidden: Tensor, start: int, stop: int, chunk: int) -> Tensor:
     """Logits (stop - start, vocabulary) of these positions."""
     if chunk == ids.shape[1]:
-        return side.head(ids, hidden)[0, start:stop]
-    return side.head(ids[:, start:stop], hidden[:, start:stop])[0]
+        return side.output_head(ids, hidden)[0, start:stop]
+    return side.output_head(ids[:, start:stop], hidden[:, start:stop])[0]

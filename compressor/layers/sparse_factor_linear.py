@@ -55,7 +55,7 @@ class SparseFactorLinear(Layer):
         super().__init__()
         if in_features % block or not 1 <= k <= atoms:
             raise ShapeError(
-                f"blocks of {block} with {k} of {atoms} atoms for {in_features} inputs",
+                f"blocks of {block} values with {k} of {atoms} atoms each can't make up {in_features} inputs",
                 hint=DAMAGED_HINT,
                 data={"block": block, "k": k, "atoms": atoms, "inputs": in_features},
             )

@@ -404,17 +404,19 @@ def _refuse_missing(
     if missing:
         shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         output = model.get_output_embeddings()
-        is_head = output is not None and all(model.get_submodule(name.rpartition(".")[0]) is output for name in missing)
+        is_output_head = output is not None and all(
+            model.get_submodule(name.rpartition(".")[0]) is output for name in missing
+        )
         raise ModelError(
             f"the checkpoint has no tensor for {shown}, so {type(model).__name__} would have random values there",
             where=str(checkpoint.directory.name),
             hint="Set tie_word_embeddings to true in config.json if the output head shares the embedding's weights."
-            if is_head
+            if is_output_head
             else "Correct `architectures` in config.json, or download the model again.",
             data={
                 "reason": "missing-tensors",
                 "names": missing,
-                "is_head": is_head,
+                "is_output_head": is_output_head,
                 "model": type(model).__name__,
             },
         )

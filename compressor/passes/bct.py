@@ -157,7 +157,7 @@ class BCT(WeightPass):
         return self
 
     @model_validator(mode="after")
-    def _has_a_stock_form(self) -> BCT:
+    def _has_a_stock_format(self) -> BCT:
         """Check the settings of `stock`. The width of a block and the role of a weight are checked weight by weight."""
         needs = {
             "block_shape": ("block_shape of one row, [1, B]", self.block_shape[0] == 1),

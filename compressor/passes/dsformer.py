@@ -30,7 +30,7 @@ the best for matrices of MiniLM was 0.35 to 0.45, and for the demo model 0.35 to
 are stored as numbers or as one bit for each atom, whichever is smaller.
 
 Refinement, the paper's STF as a post-training step [ours]. With `refine_steps`, all factors of a block are trained
-together towards the outputs of the dense block for the same inputs, including the choice of atoms (`straight_through`).
+together towards the outputs of the dense block for the same inputs, including the choice of atoms (`joint_training`).
 It uses Adam on seeded batches, keeps the best result on a held-out tenth of the batches, and uses that only if it is
 better after rounding.
 

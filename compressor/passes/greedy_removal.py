@@ -174,10 +174,10 @@ class GreedyRemoval(RewritePass):
         share = max(search, data.tokens / batches)  # of the tokens, at least one batch
         measured = 1 + (whole - 1) * (MEASURED_SHARE if self.order == "loss" else 1)
         tokens = measured * data.tokens + ranked * share
-        blocks, head = sum((block.run for block in parts[1:-1]), Work()), parts[-1]
+        blocks, output_head = sum((block.run for block in parts[1:-1]), Work()), parts[-1]
         load = sum((block.load for block in parts[1:-1]), Work())
         found[0] += load + load_again(parts) * (0.5 * (measured + ranked)) + blocks * (data.tokens + 0.5 * tokens)
-        found[0] += head.run * (data.tokens + tokens) + divergence_work(tokens, head.outputs)
+        found[0] += output_head.run * (data.tokens + tokens) + divergence_work(tokens, output_head.outputs)
         return found
 
     def memory(self, model: ModelFacts, data: DataSize, parts: Sequence[PartWork]) -> int:

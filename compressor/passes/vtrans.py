@@ -147,7 +147,8 @@ class VTrans(RewritePass):
         (0, -1), description="Numbers of blocks whose sub-blocks stay, if `sites` names layers. -1 is the last."
     )
     save_every: Count = Field(
-        50, description="Training steps between two saved states. A resumed run starts from the last one."
+        50,
+        description="Steps of curvature or training between two saved states. A resumed run starts from the last.",
     )
 
     @model_validator(mode="after")
@@ -175,7 +176,7 @@ class VTrans(RewritePass):
 
     @property
     def unplanned(self) -> str:
-        return "the run learns what is removed, down to about the size shown" if self.decides else ""
+        return "the run chooses what is removed, down to about the size shown" if self.decides else ""
 
     @property
     def batch_samples(self) -> int | None:
@@ -198,7 +199,7 @@ class VTrans(RewritePass):
         found = [rewritten(part.values) for part in parts]
         if not self.decides:
             return found
-        blocks, head = parts[1:-1], parts[-1]
+        blocks, output_head = parts[1:-1], parts[-1]
         samples = min(self.samples, data.samples)
         step = samples * data.tokens / max(1, data.samples)
         trained, measured = step * self.steps, data.tokens if self.start == "balanced" else 0
@@ -207,8 +208,8 @@ class VTrans(RewritePass):
             found[0] += block.load + block.run * (dense + 3 * (trained + measured))
         loads = 2 * self.steps + bool(self.steps) + (2 * math.ceil(measured / step) if measured else 0)
         found[0] += load_again(parts) * (loads - 1)
-        found[0] += head.run * (2 * (trained + measured) + dense)
-        found[0] += divergence_work(trained, head.outputs) + likelihood_work(measured, head.outputs)
+        found[0] += output_head.run * (2 * (trained + measured) + dense)
+        found[0] += divergence_work(trained, output_head.outputs) + likelihood_work(measured, output_head.outputs)
         if self.reconstruct:
             solved: dict[int, list[tuple[int, int, int]]] = {}
             for prunable in model.prunable(self._kinds):

@@ -172,7 +172,7 @@ def _build(source: Source) -> Recipe:
     if tree.get("version") != 1 or isinstance(tree.get("version"), bool):
         found = repr(tree["version"]) if "version" in tree else "none"
         raise RecipeError(
-            f"version 1 is needed, {found} was found",
+            f"this release reads recipes of version 1, and the version is {found}",
             where=source.where(("version",)),
             hint="Write `version: 1` in the first line of the recipe.",
             data={"reason": "version", "found": found},

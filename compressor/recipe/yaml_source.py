@@ -122,9 +122,9 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, path: Path, source: Source,
             key = _scalar(loader, key_node, at) if is_word else None
             if not isinstance(key, (str, int)) or isinstance(key, bool):
                 raise RecipeError(
-                    "a key must be plain text",
+                    f"a key is {_kind(key_node)}, and settings have names",
                     where=at,
-                    hint="Write the key as plain text, such as bits, without a tag, list or map.",
+                    hint="Write the name of a setting there, such as bits, without a tag.",
                     data={"reason": "bad-key"},
                 )
             if key in result:
@@ -170,7 +170,7 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, place: str) -> Any:
         raise RecipeError(
             f"{_shown(node)} is larger than any setting, 2^63 - 1 at most",
             where=place,
-            hint="Write a smaller number.",
+            hint="See the limits of this setting in docs/settings.md.",
             data={"reason": "too-large-number", "value": _shown(node)},
         )
     return value
@@ -184,5 +184,11 @@ def _tag(node: yaml.Node) -> dict[str, str]:
     return {"reason": "tag", "tag": node.tag}
 
 
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return "a map" if isinstance(node, yaml.MappingNode) else _shown(node)
+
+
 def _shown(node: yaml.Node) -> str:
-    return f"{node.value!r}" if len(node.value) <= 80 else f"{node.value[:60]!r}... ({len(node.value):,} signs)"
+    return f"{node.value!r}" if len(node.value) <= 80 else f"{node.value[:60]!r}... ({len(node.value):,} characters)"

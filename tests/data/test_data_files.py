@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
-from data_settings import ask
+from data_settings import ask, read_documents
 from raising import raises
 
 from compressor.data import files, sources
 from compressor.data.files import kind_of
-from compressor.data.samples import check_data, load_samples, read_documents
+from compressor.data.samples import check_data, load_samples
 from compressor.errors import DependencyError, RecipeError
 
 ROWS = [{"text": f"alpha beta {i}", "label": i % 3} for i in range(5)]

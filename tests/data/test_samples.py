@@ -11,7 +11,7 @@ import pytest
 import tiny
 import tiny_tokenizer
 import torch
-from data_settings import ask
+from data_settings import ask, read_documents
 from raising import raises
 
 from compressor.data.parts import overlap, same_source
@@ -23,7 +23,6 @@ from compressor.data.samples import (
     load_samples,
     part_of,
     random_samples,
-    read_documents,
 )
 from compressor.data.tokenizing import load_tokenizer
 from compressor.errors import RecipeError

@@ -46,7 +46,7 @@ def test_parts_come_in_order_and_blocks_are_freed_behind_it_unless_they_stay(kee
 def test_the_batches_come_to_the_head_as_in_the_model_itself(structure):
     batch = CalibrationBatch.before_embeddings({"input_ids": IDS})
     for part in walk(structure, [batch], holder(structure)):
-        if part.is_head:
+        if part.is_output_head:
             logits = part.output(batch)
     dense = hf.AutoModelForCausalLM.from_pretrained(structure.checkpoint.directory)
     with torch.no_grad():

@@ -17,13 +17,12 @@ SOURCES = ROOT / "compressor" / "kernels" / "cpu"
 UNITS = ("common", "int8_product", "int8_amx", "int8_avx2", "int8_avx512", "dynamic_int8", "weight_only", "gptq_solve")
 UNITS += ("float_product", "dense_product", "int8_outlier", "int8_matmul", "hadamard", "dense_sparse", "table_lookup")
 UNITS += ("scale_search", "second_moments", "block_functions", "threads")
-LONG = ("int8_avx2", "int8_avx512", "int8_amx", "dense_product")  # many sizes of registers, each a template
-LONG += ("kernels_check_ops",)
+LONG = ("int8_avx2", "int8_avx512", "int8_amx", "dense_product", "kernels_check_ops")  # templates of many sizes
 CHECKS = ("kernels_check", "kernels_check_ops", "kernels_check_threads")
 FEATURES = Path("/proc/cpuinfo").read_text()
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FLAGS += ["-mfma"] if "fma" in FEATURES else []  # fmaf is one instruction then: the same bits, without a call for each
-# the bodies for what isn't here run all the same, in plain C++
+# the bodies for what isn't here run all the same, by other instructions
 EMULATED = [
     SUPPORT / f"{feature}_emulated.h" for feature in ("avx_vnni", "avx512_vnni", "amx_int8") if feature not in FEATURES
 ]

@@ -158,5 +158,5 @@ def test_slopes_that_are_not_finite_end_the_run():
         model.lm_head.weight[5, 3] = float("nan")
     whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
     placed = shaping.places("llama", model)
-    with raises(PassError, where="mask training", reason="not-finite"):
+    with raises(PassError, where="mask curvature", reason="not-finite"):
         Curvature(sizes_of(placed), False, 0).add(whole, placed, streams(whole, 0))

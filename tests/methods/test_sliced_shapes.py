@@ -167,7 +167,7 @@ def test_at_full_width_the_numbers_of_a_model_add_up_to_its_own(family, tmp_path
     touching = (
         sum(sublayer.reads + sublayer.writes for sublayer in shape.sublayers)
         + shape.embeddings
-        + shape.head
+        + shape.output_head
         + shape.norms
     )
     assert global_parameters(shape, 32) - global_parameters(shape, 31) == touching

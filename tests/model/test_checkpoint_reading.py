@@ -433,7 +433,7 @@ def test_an_encoder_whose_head_gets_its_own_weights_keeps_its_tied_bias(tmp_path
 def test_a_head_without_tensor_or_tie_is_refused_with_the_way_out(tmp_path):
     tiny.save("llama", tmp_path, tie_word_embeddings=True)
     edit_config(tmp_path, tie_word_embeddings=False)
-    with raises(ModelError, reason="missing-tensors", names=["lm_head.weight"], is_head=True):
+    with raises(ModelError, reason="missing-tensors", names=["lm_head.weight"], is_output_head=True):
         read_structure(tmp_path)
 
 

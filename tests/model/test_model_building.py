@@ -92,7 +92,7 @@ WRONG = [
     ("llama", "rope_parameters.rope_theta", [], wrong("rope_parameters.rope_theta", **BUILT)),
     ("llama", "rope_parameters.rope_theta", 0, wrong("rope_parameters.rope_theta", **BUILT)),
     ("llama", "num_hidden_layers", 0, wrong("num_hidden_layers", "at least 1 is needed", value="0")),
-    ("llama", "num_hidden_layers", 3, {"where": "model", "reason": "missing-tensors", "is_head": False}),
+    ("llama", "num_hidden_layers", 3, {"where": "model", "reason": "missing-tensors", "is_output_head": False}),
     ("llama", "num_hidden_layers", 10**12, wrong("num_hidden_layers", value="1000000000000")),
     ("llama", "hidden_size", 10**12, wrong("hidden_size", LARGEST, value="1000000000000")),
     (

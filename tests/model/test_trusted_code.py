@@ -247,7 +247,7 @@ def test_code_that_is_not_used_is_a_warning_of_the_plan(tmp_path):
 def test_a_route_and_a_loader_that_do_not_agree_are_refused(route, config, asked, artifact):
     edit(artifact / "config.json", **config)
     edit(artifact / "compress_manifest.json", route=route)
-    told = {"reason": "unknown-route"} if asked is None else {"reason": "other-route", "asked": asked}
+    told = {"reason": "unknown-export-format"} if asked is None else {"reason": "other-export-format", "asked": asked}
     with raises(ArtifactError, route=route, **told):
         load_stock(artifact, read_manifest(artifact))
 

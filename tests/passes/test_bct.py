@@ -357,7 +357,7 @@ def test_a_budget_below_four_bits_is_refused_with_the_bytes_it_takes(tmp_path):
 
 def test_a_table_that_the_head_shares_is_refused_by_name(tmp_path):
     model = tiny.save("qwen3", tmp_path / "model")
-    with raises(PreflightError, where="model.embed_tokens", reason="shared-table", other="lm_head.weight"):
+    with raises(PreflightError, where="model.embed_tokens", reason="shared-embedding", other="lm_head.weight"):
         compress(recipe(only=["@embedding"]), str(model), tmp_path / "out", measure=False)
 
 
@@ -365,10 +365,10 @@ def test_a_table_that_the_head_shares_stays_dense_where_only_an_optional_pattern
     model = tiny.save("qwen3", tmp_path / "model")
     plan = make_plan(recipe(only=["*", "@embedding!"]), str(model), prove=False)
     assert not plan.problems and len(plan.rows) == 14
-    assert [(w.code, w.where) for w in plan.warnings] == [("shared-table", "model.embed_tokens")]
+    assert [(w.code, w.where) for w in plan.warnings] == [("shared-embedding", "model.embed_tokens")]
     assert {"name": "model.embed_tokens", "reason": "shares its weight with lm_head.weight"} in plan.skipped
     named = make_plan(recipe(only=["embed_tokens", "@embedding!"]), str(model), prove=False)
-    shared = {"reason": "shared-table", "other": "lm_head.weight"}
+    shared = {"reason": "shared-embedding", "other": "lm_head.weight"}
     assert (named.problems[0].where, named.problems[0].data) == ("model.embed_tokens", shared)
     assert make_plan(recipe(only=["@embedding!"]), str(model), prove=False).rows == ()
 
@@ -389,7 +389,7 @@ def test_every_family_is_planned_or_a_weight_is_named(family, tmp_path):
     if family in ("mixtral", "qwen3_moe"):
         assert any("expert" in str(problem.where) for problem in plan.problems)
     else:
-        shared = any(warning.code == "shared-table" for warning in plan.warnings)
+        shared = any(warning.code == "shared-embedding" for warning in plan.warnings)
         assert shared == (family in ("qwen3", "opt", "gpt2"))
         assert not plan.problems and plan.export_format is not None and plan.export_format.name == "custom" and names
 

@@ -54,7 +54,7 @@ def _check_layout(layout: str, tensor: Tensor) -> None:
         )
     if not tensor.is_cpu:
         raise KernelError(
-            f"layout {LAYOUT!r} and a weight on {tensor.device}",
+            f"a weight of layout {LAYOUT!r} is on {tensor.device}, and the CPU library needs it on the CPU",
             hint=f"Use layout {' or '.join(map(repr, CUDA_LAYOUTS))} for a weight on a GPU.",
             data={"layout": LAYOUT, "device": str(tensor.device)},
         )

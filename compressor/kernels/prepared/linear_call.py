@@ -63,7 +63,7 @@ class LinearCall:
         for packed, layer in zip(weights, self.layers, strict=True):
             if not packed.is_cpu:
                 raise KernelError(
-                    f"{self.name}: weight on {packed.device}",
+                    f"{self.name}: the weight is on {packed.device}, and this operation runs on the CPU",
                     hint=ops.ON_CPU,
                     data={"op": self.name, "device": str(packed.device)},
                 )
@@ -95,7 +95,9 @@ class LinearCall:
             )
         if not x.is_cpu:
             raise KernelError(
-                f"{self.name}: x on {x.device}", hint=ops.ON_CPU, data={"op": self.name, "device": str(x.device)}
+                f"{self.name}: x is on {x.device}, and this operation runs on the CPU",
+                hint=ops.ON_CPU,
+                data={"op": self.name, "device": str(x.device)},
             )
         x = x.contiguous()
         given = given[:]

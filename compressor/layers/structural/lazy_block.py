@@ -120,7 +120,7 @@ class LazyBlock(Layer):
         found = {n: m for n, m in block.named_modules() if n and hasattr(m, "layer_idx") and hasattr(m, "config")}
         if len(found) != 1:
             raise ModelError(
-                f"has {len(found)} attention modules that know their place; one is meant",
+                f"has {len(found)} attention modules with a layer number; exactly one is needed",
                 where=where,
                 hint=NOT_LAZY_HINT,
                 data={"reason": "attentions", "count": len(found)},
@@ -128,14 +128,14 @@ class LazyBlock(Layer):
         ((name, attention),) = found.items()
         if not getattr(attention, "is_causal", False):
             raise ModelError(
-                "attends to later tokens too, so it is no decoder's",
+                "attends to later tokens too, so it isn't a decoder block",
                 where=where,
                 hint=NOT_LAZY_HINT,
                 data={"reason": "not-causal"},
             )
         if getattr(attention, "sliding_window", None) is not None:
             raise ModelError(
-                "attends within a window that slides, whose cache forgets",
+                "attends within a sliding window, whose cache drops tokens by itself",
                 where=where,
                 hint=NOT_LAZY_HINT,
                 data={"reason": "sliding-window"},

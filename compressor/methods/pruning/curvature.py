@@ -23,9 +23,9 @@ from compressor.errors import PassError
 from compressor.lazy import torch
 from compressor.methods.pruning.masked_forward import (
     Draw,
-    Head,
     Loss,
     MaskedProjection,
+    OutputHead,
     Places,
     gradients,
     is_hidden,
@@ -74,7 +74,7 @@ class Curvature:
         if not all(bool(torch.isfinite(total).all()) for total in self.total.values()):
             raise PassError(
                 "the slopes of the loss are NaN or infinite on the calibration data",
-                where="mask training",
+                where="mask curvature",
                 hint="Set model.dtype: float32, or check the model's outputs on this data.",
                 data={"reason": "not-finite", "step": 0, "returns": 0},
             )
@@ -92,9 +92,9 @@ class Curvature:
         self.total = {name: tensors[f"curvature_{number}"] for number, name in enumerate(self.total)}
 
     def _counted(self, loss: Loss) -> Loss:
-        def counted(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
+        def counted(batch: int, last: torch.Tensor, output_head: OutputHead) -> Iterator[torch.Tensor]:
             def shaped(samples: slice) -> torch.Tensor:
-                output = head(samples)
+                output = output_head(samples)
                 self.predictions += len(output) * (output.shape[1] if output.dim() == 3 else 1)
                 return output
 
@@ -145,10 +145,10 @@ def drawn_labels(model: RunnableModel, seed: int) -> Loss:
     model. For hidden states the labels are normal numbers around them, with the variance by which `distilled` divides.
     """
 
-    def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
+    def loss(batch: int, last: torch.Tensor, output_head: OutputHead) -> Iterator[torch.Tensor]:
         generator = seeded(seed, "labels", batch)
         for part in slices(last):
-            found = wide(head(part))
+            found = wide(output_head(part))
             if is_hidden(found, last):
                 slope = torch.randn(found.shape, generator=generator).to(found)
                 slope *= math.sqrt(2 / found.shape[-1]) / found.detach().std()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from compressor.protocol import RunnableModel
 
 
-Head = Callable[[slice], "torch.Tensor"]  # some samples of a batch -> the masked model's output
-# (batch, stream after the last block, head) -> losses (samples,) of some samples at a time, in order
-Loss = Callable[[int, "torch.Tensor", Head], Iterator["torch.Tensor"]]
+OutputHead = Callable[[slice], "torch.Tensor"]  # some samples of a batch -> the masked model's output
+# (batch, stream after the last block, output head) -> losses (samples,) of some samples at a time, in order
+Loss = Callable[[int, "torch.Tensor", OutputHead], Iterator["torch.Tensor"]]
 KEPT_BLOCK_BYTES = 1 << 29  # of blocks that stay in memory between two runs of the model
 KEPT_OUTPUT_BYTES = 1 << 29  # of the dense model's outputs
 HEAD_TOKENS = 512  # tokens that pass the output head at once: for a vocabulary of 128,000 their logits need 262 MB
@@ -130,15 +130,15 @@ def masked(model: RunnableModel, part: int, masks: Mapping[str, torch.Tensor], p
         yield
 
 
-def masked_head(model: RunnableModel, draw: Draw, places: Places, last: torch.Tensor) -> Head:
+def masked_output_head(model: RunnableModel, draw: Draw, places: Places, last: torch.Tensor) -> OutputHead:
     """The output of a draw from its stream after the last block."""
 
-    def head(samples: slice) -> torch.Tensor:
+    def output_head(samples: slice) -> torch.Tensor:
         rows = {name: z[samples] for name, z in draw.masks.items()}
         with masked(model, model.parts - 1, rows, places):
             return model.output_head(draw.batch, last[samples], samples)
 
-    return head
+    return output_head
 
 
 def run_blocks(model: RunnableModel, draws: Sequence[Draw], places: Places, streams: Sequence[torch.Tensor]) -> None:
@@ -169,17 +169,17 @@ def gradients(
     run_blocks(model, draws, places, streams)
     total = 0.0
     slopes: list[torch.Tensor] = []
-    head = model.parts - 1
-    with model.loaded(head), torch.enable_grad():
+    output_head = model.parts - 1
+    with model.loaded(output_head), torch.enable_grad():
         for draw in draws:
             last = draw.entered[-1].detach().requires_grad_()
-            for losses in loss(draw.batch, last, masked_head(model, draw, places, last)):
+            for losses in loss(draw.batch, last, masked_output_head(model, draw, places, last)):
                 whole = weight * losses.sum()
                 whole.backward()
                 total += float(whole.detach())
             assert last.grad is not None
             slopes.append(last.grad)
-    for part in range(head - 1, 0, -1):
+    for part in range(output_head - 1, 0, -1):
         with model.loaded(part), watched(part), torch.enable_grad():
             for number, draw in enumerate(draws):
                 before = draw.entered[part - 1].detach().requires_grad_()
@@ -239,10 +239,10 @@ def distilled(model: RunnableModel, dense: Dense) -> Loss:
             kept[batch, part.start] = output
         return output
 
-    def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
+    def loss(batch: int, last: torch.Tensor, output_head: OutputHead) -> Iterator[torch.Tensor]:
         for part in slices(last):
             wanted = dense_output(batch, part)
-            found = head(part)
+            found = output_head(part)
             yield (_squared_error if is_hidden(wanted, last) else _divergence)(found, wanted)
 
     return loss
@@ -251,7 +251,7 @@ def distilled(model: RunnableModel, dense: Dense) -> Loss:
 def labelled(model: RunnableModel) -> Loss:
     """Cross-entropy with the data's labels. raises PassError if there are none, or they don't fit"""
 
-    def loss(batch: int, last: torch.Tensor, head: Head) -> Iterator[torch.Tensor]:
+    def loss(batch: int, last: torch.Tensor, output_head: OutputHead) -> Iterator[torch.Tensor]:
         labels = model.labels(batch)
         if labels is None:
             raise PassError(
@@ -261,7 +261,7 @@ def labelled(model: RunnableModel) -> Loss:
                 data={"reason": "no-labels"},
             )
         for part in slices(last):
-            found = wide(head(part))
+            found = wide(output_head(part))
             wanted = labels[part].to(found.device)
             if found.dim() != 2 or int(wanted.max()) >= found.shape[-1] or int(wanted.min()) < 0:
                 shape = "x".join(map(str, found.shape[1:]))
@@ -280,7 +280,9 @@ def losses(model: RunnableModel, draw: Draw, places: Places, last: torch.Tensor,
     """(samples,) without gradients, from the stream after the last block."""
     with torch.no_grad():
         fixed = Draw(draw.batch, {name: z.detach() for name, z in draw.masks.items()})
-        return torch.cat([part.detach() for part in loss(draw.batch, last, masked_head(model, fixed, places, last))])
+        return torch.cat(
+            [part.detach() for part in loss(draw.batch, last, masked_output_head(model, fixed, places, last))]
+        )
 
 
 def predictions(model: RunnableModel, dense: Dense, batch: int) -> int:

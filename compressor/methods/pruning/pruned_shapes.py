@@ -63,16 +63,16 @@ def check_decision(prunables: Sequence[PrunableModule], decision: PruningDecisio
         kept = kept_units(prunable, decision)
         if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < prunable.units):
             raise PreflightError(
-                f"{list(kept)} are not ascending numbers of units of {prunable.name}, which has {prunable.units}",
+                f"{list(kept)} are not ascending numbers below {prunable.units}, for {prunable.name}",
                 where=where,
                 hint="Begin again with --fresh, so that the choice is made for this model.",
                 data={"reason": "units", "prunable": prunable.name, "kept": list(kept), "units": prunable.units},
             )
         if not kept and prunable.layout.removal is None:
             raise PreflightError(
-                "every unit of this sub-block would be removed, and the sub-block itself can't be",
+                "every head or neuron of this sub-block would be removed, and the sub-block itself can't be",
                 where=prunable.name,
-                hint="Keep at least one unit: set a smaller target, or protect this block with protect_layers.",
+                hint="Keep at least one of them: set a smaller target, or protect this block with protect_layers.",
                 data={"reason": "nothing-kept"},
             )
 
@@ -385,7 +385,8 @@ def _narrow_norm(norm: ResidualNorm, width: int, kept: int) -> dict[str, ModuleE
             raise PreflightError(
                 "this LayerNorm has no gain, so it can't be computed for a narrower residual stream",
                 where=norm.module,
-                hint="Leave hidden out of `prunables`.",
+                hint="Leave hidden out of `sites`.",
+                data={"reason": "norm-without-gain", "norm": norm.module},
             )
         return {norm.module: rms_norm_entry(divisor, norm.formula.eps, kept)}
     if norm.formula.kind == "layer":

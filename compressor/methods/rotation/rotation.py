@@ -261,8 +261,8 @@ def of_trace_one(matrix: torch.Tensor) -> torch.Tensor:
 
 def norms_of(view: PartView) -> list[ResidualNorm]:
     """One norm of each sublayer of this part of the model; of the output head the last norm."""
-    is_head = view.index == len(view.residual.blocks)
-    return [stream.norms[0] for stream in view.sublayers] + ([view.residual.end] if is_head else [])
+    is_output_head = view.index == len(view.residual.blocks)
+    return [stream.norms[0] for stream in view.sublayers] + ([view.residual.end] if is_output_head else [])
 
 
 def norm_covariance(view: PartView, norm: ResidualNorm, normalised: bool) -> Covariance:

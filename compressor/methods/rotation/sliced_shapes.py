@@ -36,7 +36,7 @@ class StreamShape:
     width        of the stream, D
     embeddings   vectors that write to the stream before block 0: rows of embeddings, columns of convolutions, biases
     sublayers        sublayers of all blocks, in order
-    head         rows of the output head, which counts as a separate matrix
+    output_head  rows of the output head, which counts as a separate matrix
     kept         parameters that neither read nor write the stream: biases of input projections (with those for a
                  LayerNorm's shift), norms on heads, matrices inside a branch
     norms        norms on the stream, the last one included
@@ -46,7 +46,7 @@ class StreamShape:
     width: int
     embeddings: int
     sublayers: tuple[SublayerShape, ...]
-    head: int
+    output_head: int
     kept: int
     norms: int
     end_norm: int
@@ -69,7 +69,7 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
         for sublayer in block:
             reads = sum(vectors(consumer.parameter) for norm in sublayer.norms for consumer in norm.consumers)
             sublayers.append(SublayerShape(reads, sum(vectors(write.parameter) for write in sublayer.writes)))
-    head = sum(vectors(consumer.parameter) for consumer in residual.end.consumers)
+    output_head = sum(vectors(consumer.parameter) for consumer in residual.end.consumers)
     made = 0  # new biases for a norm's shift
     norms = tuple(residual.norms())
     for norm in norms:
@@ -78,7 +78,7 @@ def stream_shape(residual: Residual, shapes: Mapping[str, Sequence[int]]) -> Str
             made += sum(prod(shapes[r.parameter]) // residual.width for r in norm.consumers if r.bias is None)
     kept = made + sum(prod(shape) for name, shape in shapes.items() if name not in touching)
     end_norm = (residual.end.formula.has_weight + residual.end.formula.has_bias) * residual.width
-    return StreamShape(residual.width, embeddings, tuple(sublayers), head, kept, len(norms), end_norm)
+    return StreamShape(residual.width, embeddings, tuple(sublayers), output_head, kept, len(norms), end_norm)
 
 
 def kept_width(width: int, sparsity: float, round_to: int = 1) -> int:
@@ -122,14 +122,16 @@ def per_sublayer_parameters(
     for sublayer, width, following in zip(shape.sublayers, widths, widths[1:]):
         total += sublayer.reads * width + sublayer.writes * following + width * following
     if embedding == "slice":
-        return total + shape.embeddings * widths[0] + shape.head * widths[-1]
-    head = 0 if tied else shape.head * shape.width
-    return total + shape.embeddings * shape.width + shape.width * widths[0] + head + shape.end_norm
+        return total + shape.embeddings * widths[0] + shape.output_head * widths[-1]
+    output_head = 0 if tied else shape.output_head * shape.width
+    return total + shape.embeddings * shape.width + shape.width * widths[0] + output_head + shape.end_norm
 
 
 def global_parameters(shape: StreamShape, width: int) -> int:
     """Parameters of a model with one rotation: no matrices on the residual path, and a constant gain in every norm."""
-    vectors = shape.embeddings + shape.head + sum(sublayer.reads + sublayer.writes for sublayer in shape.sublayers)
+    vectors = (
+        shape.embeddings + shape.output_head + sum(sublayer.reads + sublayer.writes for sublayer in shape.sublayers)
+    )
     return shape.kept + (vectors + shape.norms) * width
 
 
