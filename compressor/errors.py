@@ -6,7 +6,7 @@ are documented in docs/exit-codes.md. A `Notice` is a warning: the run continues
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -195,6 +195,11 @@ class Because(str):
 def values_of(why: str | None) -> dict[str, Any]:
     """The values of a reason; {} for plain text."""
     return why.data if isinstance(why, Because) else {}
+
+
+def data_of(problems: Sequence[str]) -> dict[str, Any]:
+    """The data of an error with several problems: their sentences, and the values of each."""
+    return {"problems": list(problems), "because": [values_of(problem) for problem in problems]}
 
 
 def error_to_dict(error: CompressError) -> ErrorMessage:

@@ -30,7 +30,7 @@ from compressor.engine.request import check_request, find_device, folders_above,
 from compressor.engine.run_samples import read_samples
 from compressor.engine.stage_times import check_time, predict_stages
 from compressor.engine.sweep import Outcome, Sweeper, run_sweeps, save_verification_batch
-from compressor.errors import ArtifactError, GateError
+from compressor.errors import ArtifactError, GateError, data_of
 from compressor.evaluation.environment import environment
 from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.metrics import unmeasured
@@ -146,14 +146,14 @@ def _check_built(job: Job, checked: Findings) -> None:
             "; ".join(checked.problems),
             where=where,
             hint=f"Read the report in {where}, and report this message with the recipe; the output was not published.",
-            data={"problems": list(checked.problems)},
+            data=data_of(checked.problems),
         )
     if problems := check_files(job.built, read_manifest(job.built)):
         raise ArtifactError(
             "; ".join(problems),
             where=where,
             hint="Check the disk, then run the command again with --fresh.",
-            data={"problems": list(problems)},
+            data=data_of(problems),
         )
 
 

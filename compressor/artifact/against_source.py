@@ -35,7 +35,7 @@ from torch import Tensor
 from compressor.artifact.findings import TensorComparison
 from compressor.artifact.manifest import Change, Manifest
 from compressor.artifact.stock_loading import OFFLINE
-from compressor.errors import ArtifactError
+from compressor.errors import ArtifactError, Because
 from compressor.layers import find_layer
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint
@@ -224,11 +224,13 @@ def _compare_dense(source: Any, is_unchanged: Callable[[str], bool], prints: dic
         found, expected = prints.get(name), _print(meant)
         equal += found == expected
         if found is None:
-            problems.append(f"{name} of the source is missing in the artifact")
+            problems.append(Because(f"{name} of the source is missing in the artifact", reason="missing", tensor=name))
         elif found[0] != expected[0]:
-            problems.append(f"{name} is {found[0]}, and {expected[0]} in the source")
+            message = f"{name} is {found[0]}, and {expected[0]} in the source"
+            problems.append(Because(message, reason="other-dtype-or-shape", tensor=name))
         elif found != expected:
-            problems.append(f"{name} differs from the source, although no step changed it")
+            message = f"{name} differs from the source, although no step changed it"
+            problems.append(Because(message, reason="changed", tensor=name))
     return equal, problems
 
 
@@ -239,18 +241,21 @@ def _rewritten(manifest: Manifest) -> dict[str, float]:
 
 def _compare_rewritten(source: Any, own: Any, rewritten: dict[str, float]) -> list[str]:
     """Compare the distance of these parameters from the source's with the recorded one. Returns the problems."""
-    problems, names = [], {name for name, _ in own.named_parameters(remove_duplicate=False)}
+    problems: list[str] = []
+    names = {name for name, _ in own.named_parameters(remove_duplicate=False)}
     for name, recorded in rewritten.items():
         if name not in names:
-            problems.append(f"{name} has new values according to the manifest, but the artifact has no such tensor")
+            message = f"{name} has new values according to the manifest, but the artifact has no such tensor"
+            problems.append(Because(message, reason="missing", tensor=name))
             continue
         with _held(source, name) as meant, _held(own, name) as value:
             same_shape = value.shape == meant.shape and value.dtype == meant.dtype
             error = relative_distance(value, meant) if same_shape else float("inf")
         if not _is_as_recorded(error, recorded):
-            problems.append(
+            message = (
                 f"{name} has a relative error of {error:.4g} against the source, but the run recorded {recorded:.4g}"
             )
+            problems.append(Because(message, reason="other-error", tensor=name, error=error, recorded=recorded))
     return problems
 
 
@@ -258,17 +263,19 @@ def _tie_problems(
     source: Any, formats: Sequence[StoredWeight], stored: set[str], ties: set[frozenset[str]]
 ) -> list[str]:
     """Parameters that share one tensor in only one of the two models."""
-    problems = []
+    problems: list[str] = []
     own_modules = tuple(
         f"{_module(stored_weight.weight)}." for stored_weight in formats
     )  # an untied output head has its own bias, too
     for group in sorted(map(sorted, ties_of(source))):
         is_parted = any(name in stored or name.startswith(own_modules) for name in group)
         if not is_parted and frozenset(group) not in ties:
-            problems.append(f"{' and '.join(group)} share one tensor in the source, but not in the artifact")
+            message = f"{' and '.join(group)} share one tensor in the source, but not in the artifact"
+            problems.append(Because(message, reason="not-shared", parameters=group))
     for group in sorted(map(sorted, ties)):
         if frozenset(group) not in ties_of(source):
-            problems.append(f"{' and '.join(group)} share one tensor in the artifact, but not in the source")
+            message = f"{' and '.join(group)} share one tensor in the artifact, but not in the source"
+            problems.append(Because(message, reason="shared", parameters=group))
     return problems
 
 
@@ -294,7 +301,8 @@ def _compare_stored(
                 problems += _error_problems(weight, error, recorded)
             experts = [weight for weight in weights if weight.expert is not None and parameter not in rewritten]
             if experts and not _equal_elsewhere(whole, own.get_parameter(parameter), experts):
-                problems.append(f"{parameter} differs from the source in experts that no step changed")
+                message = f"{parameter} differs from the source in experts that no step changed"
+                problems.append(Because(message, reason="changed-experts", tensor=parameter))
     return largest, problems
 
 
@@ -319,7 +327,8 @@ def _error_problems(weight: Weight, error: float, recorded: float | None) -> lis
     else:
         is_near = _is_as_recorded(error, recorded)
         message = f"has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
-    return [] if is_near else [f"{weight.name} {message}"]
+    values = {"reason": "other-error", "tensor": weight.name, "error": error, "recorded": recorded}
+    return [] if is_near else [Because(f"{weight.name} {message}", **values)]
 
 
 def _is_as_recorded(error: float, recorded: float) -> bool:
@@ -433,19 +442,22 @@ def _lend_parameters(module: torch.nn.Module, own: Any, path: str) -> None:
 def compare_reading(source: Any, directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> list[str]:
     """Compare what this package reads of a checkpoint with what stock transformers loads. Returns the problems."""
     structure = read_structure(directory, dtype=str(dtype).removeprefix("torch."), trust_remote_code=trust_remote_code)
-    problems = []
+    problems: list[str] = []
     meant = dict(_tensors(source))
     for name in structure.bindings.sources:
         value = read_parameter(name, structure.bindings, structure.read, structure.model)
         if name not in meant:
-            problems.append(f"{name} was read from the source, but stock transformers has no such tensor")
+            message = f"{name} was read from the source, but stock transformers has no such tensor"
+            problems.append(Because(message, reason="not-of-stock", tensor=name))
             continue
         with _held(source, name) as expected:
             if _print(value) != _print(expected):
-                problems.append(f"{name} was read from the source with other values than stock transformers reads")
+                message = f"{name} was read from the source with other values than stock transformers reads"
+                problems.append(Because(message, reason="read-otherwise", tensor=name))
     tied = {name for group in ties_of(source) for name in group}
     known = {*structure.bindings.sources, *structure.bindings.tied, *tied}
-    problems += [f"{name} of the source was not read" for name, _ in source.named_parameters() if name not in known]
+    unread = [name for name, _ in source.named_parameters() if name not in known]
+    problems += [Because(f"{name} of the source was not read", reason="not-read", tensor=name) for name in unread]
     return problems
 
 

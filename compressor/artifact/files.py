@@ -17,7 +17,7 @@ import stat
 from pathlib import Path
 
 from compressor.artifact.manifest import FileFacts, Manifest, read_manifest
-from compressor.errors import ArtifactError, ModelError, UsageError
+from compressor.errors import ArtifactError, Because, ModelError, UsageError
 from compressor.model.model_files import entries, is_hidden, regular_file
 from compressor.model.trusted_code import is_code
 from compressor.storage.file_names import CARD, MANIFEST, RECIPE, REPORT_FILES, is_weight_file
@@ -56,23 +56,25 @@ def compare_files(directory: Path, manifest: Manifest) -> tuple[list[str], list[
         found = problems if matters(name) else notes
         path = directory / name
         if not path.is_symlink() and not path.exists():
-            found.append(f"{name} is missing")
+            found.append(Because(f"{name} is missing", reason="missing", file=name))
             continue
         try:
             regular_file(directory, path)
         except ModelError as error:
-            problems.append(str(error))
+            problems.append(Because(str(error), **error.data))
             continue
         if path.stat().st_size != facts["bytes"] or file_sha256(path) != facts["sha256"]:
-            found.append(f"{name} was changed after it was written (its hash differs)")
+            message = f"{name} was changed after it was written (its hash differs)"
+            found.append(Because(message, reason="changed", file=name))
     try:
         present = [path for path in entries(directory) if path.is_symlink() or not path.is_dir()]
     except ModelError as error:
-        return [*problems, str(error)], notes
+        return [*problems, Because(str(error), **error.data)], notes
     for path in present:
         name = path.relative_to(directory).as_posix()
         if name not in manifest["files"] and name != MANIFEST:
-            (problems if matters(name) else notes).append(f"{name} is not in the manifest")
+            message = f"{name} is not in the manifest"
+            (problems if matters(name) else notes).append(Because(message, reason="not-listed", file=name))
     return problems, notes
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
+
+from compressor.errors import Because, values_of
 
 
 class LayersRow(TypedDict):
@@ -25,7 +27,10 @@ class SourceRow(TypedDict):
 
 
 class Verification(TypedDict):
-    """`Findings` as JSON values, with a key for each of its fields."""
+    """`Findings` as JSON values, with a key for each of its fields.
+
+    because  the values of each problem, for programs; not in reports of 0.1.0
+    """
 
     stock_load: bool | None
     own_load: bool | None
@@ -41,6 +46,7 @@ class Verification(TypedDict):
     source: SourceRow | None
     not_compared: str | None
     problems: list[str]
+    because: NotRequired[list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ class Findings:
     tolerance     the largest allowed `max_logit_difference`
     notes         findings that are reported and are not problems
     not_compared  why there was no comparison with the source
+    problems      sentences; each `errors.Because` has its values, too
     """
 
     stock_load: bool | None = None
@@ -127,11 +134,13 @@ class Findings:
 
     def to_json(self) -> Verification:
         source = self.source.to_json() if self.source is not None else None
-        return cast("Verification", {**asdict(self), "source": source})
+        because = [values_of(problem) for problem in self.problems]
+        return cast("Verification", {**asdict(self), "source": source, "because": because})
 
     @classmethod
     def from_json(cls, row: Verification) -> Findings:
         layers, source = row["stock_layers"], row["source"]
+        none: list[dict[str, Any]] = [{} for _ in row["problems"]]
         return cls(
             stock_load=row["stock_load"],
             own_load=row["own_load"],
@@ -146,5 +155,7 @@ class Findings:
             notes=row["notes"],
             source=None if source is None else SourceComparison.from_json(source),
             not_compared=row["not_compared"],
-            problems=row["problems"],
+            problems=[
+                Because(text, **values) for text, values in zip(row["problems"], row.get("because", none), strict=True)
+            ],
         )

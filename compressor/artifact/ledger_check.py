@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compressor.artifact.manifest import Manifest
+from compressor.errors import Because
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.ledger import Account, problems_of
 from compressor.storage.safetensors_file import same_bytes
@@ -37,9 +38,11 @@ def ledger_problems(manifest: Manifest, artifact: Checkpoint, source: Path | Non
             ):
                 changed.append(tensor)
     if absent:
-        problems.append(f"{len(absent)} tensors of the source are not in the artifact, such as {absent[0]}")
+        message = f"{len(absent)} tensors of the source are not in the artifact, such as {absent[0]}"
+        problems.append(Because(message, reason="absent-tensors", tensors=absent))
     if changed:
-        problems.append(f"{len(changed)} copied tensors have other bytes than in the source, such as {changed[0]}")
+        message = f"{len(changed)} copied tensors have other bytes than in the source, such as {changed[0]}"
+        problems.append(Because(message, reason="changed-tensors", tensors=changed))
     return problems
 
 

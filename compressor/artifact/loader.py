@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor.artifact.files import check_files
 from compressor.artifact.manifest import BAD_HINT, Loadable, Manifest, model_class, read_manifest
-from compressor.errors import ArtifactError, CompressError, UsageError
+from compressor.errors import ArtifactError, CompressError, UsageError, data_of
 from compressor.kernels.prepared.prepare import prepare
 from compressor.layers import find_layer
 from compressor.model.attention import choose_plain
@@ -76,7 +76,7 @@ def _check_hashes(directory: Path, manifest: Manifest) -> None:
             "; ".join(problems[:4]),
             where=directory.name,
             hint="Copy the artifact again from where it was written, or build it again.",
-            data={"reason": "not-as-written", "problems": list(problems)},
+            data={"reason": "not-as-written", **data_of(problems)},
         )
 
 

@@ -19,7 +19,7 @@ from compressor.artifact.findings import Findings, SourceComparison
 from compressor.artifact.manifest import Change, Manifest
 from compressor.artifact.memory_needs import map_large_experts
 from compressor.artifact.stock_loading import stock_works
-from compressor.errors import ModelError
+from compressor.errors import Because, ModelError
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.mapped_tensors import MappedTensors
@@ -123,7 +123,8 @@ def compare_with_source(
         distance = against_source.compare_outputs(artifact.output, plain)
         found.source = SourceComparison(place, distance)
         if not bool(torch.isfinite(plain).all()):
-            found.problems.append("the source, loaded by stock transformers, gives NaN or Inf too: set model.dtype")
+            message = "the source, loaded by stock transformers, gives NaN or Inf too: set model.dtype"
+            found.problems.append(Because(message, reason="source-not-finite"))
         if any(change["rewrites"] for change in changes):
             reading = against_source.compare_reading(
                 source, request.directory, artifact.dtype, request.trust_remote_code
@@ -154,10 +155,11 @@ def _rewriting_problems(
     if distance is not None and distance <= allowed:  # NaN fails too
         return []
     rewriting = ", ".join(change["pass"] for change in changes if change["rewrites"])
-    return [
+    message = (
         f"outputs have a relative distance of {distance} from the source's, {allowed:.3g} is allowed: "
         f"{rewriting} should keep them"
-    ]
+    )
+    return [Because(message, reason="outputs-not-kept", distance=distance, allowed=allowed)]
 
 
 def _compare_tensors(source: Any, artifact: LoadedArtifact, is_changed: bool, found: Findings) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.artifact.manifest import Manifest
+from compressor.errors import Because
 from compressor.model.recorded_modules import first_argument, recorded_inputs
 
 Forward = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # as `stock_formats.Family.forward`
@@ -28,12 +29,14 @@ def compare_layers(
     for name in names:
         layer, module = own.get_submodule(name), stock.get_submodule(name)
         if not torch.equal(module.weight, layer.weight):
-            problems.append(f"stock loader: the codes of {name} differ from what was written")
+            message = f"stock loader: the codes of {name} differ from what was written"
+            problems.append(Because(message, reason="other-codes", module=name))
         with torch.no_grad():
             expected, allowed = forward(layer, read[name])
             share = float(((module(read[name]).float() - expected).abs() / allowed).max())
         if not share <= 1:  # NaN fails too
-            problems.append(f"stock loader: {name} differs by {share:.3g} times the difference that rounding allows")
+            message = f"stock loader: {name} differs by {share:.3g} times the difference that rounding allows"
+            problems.append(Because(message, reason="beyond-rounding", module=name, share=share))
         largest = max(largest, share)
     return len(names), largest, problems
 
@@ -50,7 +53,7 @@ def _parameter_problems(stock: Any, own: Any) -> list[str]:
     """Parameters that both models have and that differ in any bit."""
     theirs = dict(stock.named_parameters())
     return [
-        f"stock loader: {name} differs from what was written"
+        Because(f"stock loader: {name} differs from what was written", reason="other-values", tensor=name)
         for name, value in own.named_parameters()
         if name in theirs and not torch.equal(theirs[name], value)
     ]

@@ -17,7 +17,7 @@ from compressor.artifact.loader import empty_model
 from compressor.artifact.manifest import Loadable
 from compressor.artifact.modeling_file import custom_type, modeling_source
 from compressor.artifact.stock_formats import FAMILIES
-from compressor.errors import ArtifactError, CompressError, DependencyError
+from compressor.errors import ArtifactError, Because, CompressError, DependencyError, data_of
 from compressor.model.attention import plain_options
 from compressor.model.checkpoint import Checkpoint, open_checkpoint
 from compressor.model.reshaped_class import stock_class
@@ -50,7 +50,7 @@ def load_stock(directory: Path, manifest: Loadable, *, is_older: bool = False) -
             "; ".join(problems),
             where=directory.name,
             hint="None of this code was run. Load the artifact only from a source you trust, or build it again.",
-            data={"reason": "foreign-code", "problems": list(problems)},
+            data={"reason": "foreign-code", **data_of(problems)},
         )
     is_custom = manifest["route"] == "custom"
     cls: Any = _generated_class(directory, manifest, empty, is_older) if is_custom else stock_class(empty)
@@ -113,7 +113,7 @@ def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: An
 
     empty  the model on the meta device, as `compressor.artifact.loader.empty_model` makes it
     """
-    problems = []
+    problems: list[str] = []
     is_custom = manifest["route"] == "custom"
     own = _modeling_name(empty) if is_custom else None
     expected = custom_auto_map(custom_type(empty.config.model_type), empty) if is_custom else {}
@@ -124,14 +124,18 @@ def code_problems(checkpoint: Checkpoint, manifest: Mapping[str, Any], empty: An
         if references != ([expected[name]] if name in expected else []):
             files = ", ".join(sorted({file_of(reference) for reference in references})) or "nothing"
             should = file_of(expected[name]) if name in expected else "nothing"
-            problems.append(f"config.json: auto_map names {files} for {name}, but compress-model writes {should}")
+            message = f"config.json: auto_map names {files} for {name}, but compress-model writes {should}"
+            problems.append(Because(message, reason="other-auto-map", entry=name))
     for name in code_files(checkpoint.directory):
         if name == own:
             continue
         if name.partition("/")[0] == CUSTOM_GENERATE:
-            problems.append(f"{name} replaces the model's generate() if code is trusted")
+            message = f"{name} replaces the model's generate() if code is trusted"
+            problems.append(Because(message, reason="replaces-generate", file=name))
         elif name not in manifest["files"]:
-            problems.append(f"{name} is code that compress-model did not write")
+            problems.append(
+                Because(f"{name} is code that compress-model did not write", reason="other-code", file=name)
+            )
     return problems
 
 

@@ -46,6 +46,7 @@ from compressor.artifact.stock_formats import FAMILIES, check_loader
 from compressor.artifact.stock_layers import Forward, compare_layers
 from compressor.artifact.stock_loading import load_stock, stock_works
 from compressor.artifact.streaming import StockDecompressor, load_streamed
+from compressor.errors import Because
 from compressor.model.block_runner import output_of, without_cache
 from compressor.model.checkpoint import Checkpoint, is_finite, open_checkpoint
 from compressor.model.half_products import quick_products
@@ -193,7 +194,7 @@ def _check_files(artifact: Artifact, sealed: bool, found: Findings) -> None:
     for name in artifact.checkpoint.tensors.keys() - artifact.manifest.get("carried", {}).keys():
         info = artifact.checkpoint.tensors[name]
         if info.dtype.is_floating_point and not all(map(is_finite, read_pieces(info))):
-            found.problems.append(f"{name} contains NaN or Inf")
+            found.problems.append(Because(f"{name} contains NaN or Inf", reason="not-finite", tensor=name))
 
 
 def _compare_models(
@@ -254,7 +255,8 @@ def _run_stock_parts(artifact: Artifact, batch: Path | None, room: Room, found: 
     beside = manifest.get("carried", {}).keys()
     found.unexpected = sorted(unused.tensor for unused in streamed.unused if unused.tensor not in beside)
     if found.unexpected:
-        found.problems.append(f"{len(found.unexpected)} tensors fill nothing, such as {found.unexpected[0]}")
+        message = f"{len(found.unexpected)} tensors fill nothing, such as {found.unexpected[0]}"
+        found.problems.append(Because(message, reason="fills-nothing", tensors=found.unexpected))
     return _stock_run(artifact, streamed.model, batch, (STOCK,), keeps=False)
 
 
@@ -291,7 +293,8 @@ def _check_keys(artifact: Artifact, info: dict[str, Any], found: Findings) -> No
     reported = {"missing": found.missing, "unexpected": found.unexpected, "mismatched": found.mismatched}
     for key, names in reported.items():
         if names:
-            found.problems.append(f"stock loading reports {len(names)} {key} tensors, such as {names[0]}")
+            message = f"stock loading reports {len(names)} {key} tensors, such as {names[0]}"
+            found.problems.append(Because(message, reason=f"{key}-tensors", tensors=names))
 
 
 def _run_own(artifact: Artifact, inputs: dict[str, Any], room: Room, found: Findings) -> tuple[Any, Tensor]:
@@ -311,8 +314,9 @@ def _run_own(artifact: Artifact, inputs: dict[str, Any], room: Room, found: Find
 def _check_shapes(outputs: dict[str, Tensor], reference: Tensor, found: Findings) -> None:
     for name, value in outputs.items():
         if value.shape != reference.shape:
+            message = f"{name}: outputs have shape {tuple(value.shape)}, but {tuple(reference.shape)} is expected"
             found.problems.append(
-                f"{name}: outputs have shape {tuple(value.shape)}, but {tuple(reference.shape)} is expected"
+                Because(message, reason="other-shape", model=name, shape=[*value.shape], expected=[*reference.shape])
             )
 
 
@@ -326,16 +330,17 @@ def _compare_stock_layers(
     found.stock_layers = LayerComparison(compared, largest, float((first.float() - output.float()).abs().max()))
     found.problems += problems
     if not torch.equal(second, first):
-        found.problems.append(f"{STOCK}: a second run computes other outputs")
+        found.problems.append(Because(f"{STOCK}: a second run computes other outputs", reason="not-repeatable"))
     stock.model = None
 
 
 def _judge_generation(failure: str | None, source_failure: str | None, found: Findings) -> None:
     """Report that the artifact can't generate. It is no problem if the source fails in the same way."""
     if failure is not None and failure == source_failure:
-        found.notes.append(f"no tokens were generated, and the source can't generate either: {failure}")
+        message = f"no tokens were generated, and the source can't generate either: {failure}"
+        found.notes.append(Because(message, reason="source-cannot-generate", cause=failure))
     elif failure is not None:
-        found.problems.append(f"generate fails: {failure}")
+        found.problems.append(Because(f"generate fails: {failure}", reason="cannot-generate", cause=failure))
 
 
 def _judge_outputs(outputs: dict[str, Tensor], stock: StockRun, found: Findings) -> None:
@@ -346,9 +351,12 @@ def _judge_outputs(outputs: dict[str, Tensor], stock: StockRun, found: Findings)
     found.tolerance, found.max_logit_difference = tolerance, max(differences.values())
     for name, difference in differences.items():
         if not bool(torch.isfinite(outputs[name]).all()):
-            found.problems.append(f"{name}: outputs contain NaN or Inf")
+            message = f"{name}: outputs contain NaN or Inf"
+            found.problems.append(Because(message, reason="outputs-not-finite", model=name))
         elif not difference <= tolerance:  # NaN fails too
-            found.problems.append(f"{name}: outputs differ by {difference:.3g}, {tolerance:.3g} is allowed")
+            message = f"{name}: outputs differ by {difference:.3g}, {tolerance:.3g} is allowed"
+            values = {"reason": "outputs-differ", "model": name, "difference": difference, "allowed": tolerance}
+            found.problems.append(Because(message, **values))
 
 
 def main(request: Request) -> Verification:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compressor.cli.timeline import Timeline
 from compressor.engine.events import AliveEvent, Emit, Event
 from compressor.errors import Notice
+from compressor.process.json_values import finite
 
 Mode = Literal["auto", "quiet", "json"]
 SILENCE = 5.0  # seconds
@@ -42,7 +43,7 @@ def show(mode: Mode, console: Console, silence: float = SILENCE) -> Iterator[Emi
 
 def json_line(event: Mapping[str, object]) -> None:
     """Print one event as one line on standard output."""
-    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.write(json.dumps(finite(dict(event)), allow_nan=False) + "\n")
     sys.stdout.flush()
 
 

@@ -48,7 +48,7 @@ from compressor.cli.render import (
     write_text,
 )
 from compressor.engine.events import Event, ResultEvent
-from compressor.errors import ArtifactError, GateError, Interrupted, Notice, UsageError
+from compressor.errors import ArtifactError, GateError, Interrupted, Notice, UsageError, data_of
 
 
 class Raised(Exception):
@@ -380,7 +380,7 @@ def verify(
             "; ".join(found.problems),
             where=str(directory),
             hint="Copy the artifact again from where it was written, or build it again.",
-            data={"problems": list(found.problems)},
+            data=data_of(found.problems),
         )
     if not as_json:
         show_verification(found, directory, has_source=original is not None)

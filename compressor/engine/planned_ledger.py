@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from compressor.analysis.input_producers import Producers, producers_of
 from compressor.engine.line_facts import LineFacts
 from compressor.engine.plan_records import Findings, Reshape, Selected, StepPath
-from compressor.errors import PreflightError
+from compressor.errors import PreflightError, data_of
 from compressor.model.fates import Rewriting, make_ledger
 from compressor.model.ledger import Ledger, problems_of
 from compressor.model.redefined_structure import tensors_after
@@ -39,7 +39,7 @@ def planned_ledger(
                 "; ".join(problems),
                 where=source.checkpoint.directory.name,
                 hint="Report this message with the model's name; nothing was written.",
-                data={"reason": "unbalanced-ledger", "problems": problems},
+                data={"reason": "unbalanced-ledger", **data_of(problems)},
             )
         )
     return ledger

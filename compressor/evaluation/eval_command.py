@@ -26,7 +26,6 @@ from compressor.evaluation.evaluate import Measured, evaluate
 from compressor.evaluation.report import (
     append_summary,
     data_facts,
-    finite,
     unmeasured_warnings,
     validate_report,
     write_reports,
@@ -40,6 +39,7 @@ from compressor.model.quantized_source import open_source
 from compressor.model.reshaped_class import class_for
 from compressor.model.token_limit import Limit, token_limit
 from compressor.process.child import started_early
+from compressor.process.json_values import finite
 from compressor.recipe.gates import check_gates, compares_models, read_gates
 from compressor.recipe.recipe import Option, Recipe, parse_recipe, read_recipe
 from compressor.recipe.schema import ReportSettings
@@ -198,7 +198,7 @@ def _evaluation_report(
     }
     if found.kernels is not None:
         report["kernels"] = found.kernels
-    return finite(report)
+    return finite(report, sort=True)
 
 
 def check_kernels(kernels: list[KernelRow] | None) -> None:

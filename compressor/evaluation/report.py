@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -38,6 +38,7 @@ from compressor.evaluation.sections import (
     StepRow,
     WeightRow,
 )
+from compressor.process.json_values import finite
 from compressor.recipe.gates import GateRow
 from compressor.recipe.schema import ReportSettings, bare_source
 
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 REPORT_VERSION = 1
 SCHEMA = Path(__file__).parent / "report.schema.json"
-Tree = TypeVar("Tree")
 
 
 def build_report(
@@ -107,7 +107,7 @@ def build_report(
         "run": {**run, "seconds_by_weight": {record.weight.name: record.weight.seconds for record in records}},
         "environment": environment,
     }
-    return finite(report)
+    return finite(report, sort=True)
 
 
 def _status(verification: Findings, gates: list[GateRow]) -> str:
@@ -181,18 +181,6 @@ def _reference_kernels(records: Sequence[StepRecord]) -> list[KernelRow]:
     why = "speed was not measured; quality was measured with stock transformers"
     formats = sorted({record.weight.format_name for record in records} - {"dense"})
     return [{"op": format_name, "chosen": "reference", "why": why} for format_name in formats]
-
-
-def finite(value: Tree) -> Tree:
-    """The same tree with NaN and Inf as null, and keys sorted."""
-    tree: Any = value
-    if isinstance(tree, dict):
-        tree = {key: finite(tree[key]) for key in sorted(tree)}
-    elif isinstance(tree, (list, tuple)):
-        tree = [finite(item) for item in tree]
-    elif isinstance(tree, float) and not math.isfinite(tree):
-        tree = None
-    return tree
 
 
 def unmeasured_warnings(metrics: dict[str, MetricRow]) -> list[WarningRow]:

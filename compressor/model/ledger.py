@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal, NotRequired, TypedDict
 
+from compressor.errors import Because
 from compressor.model.checkpoint import Checkpoint
 
 Becomes = Literal["quantized", "split", "merged", "rewritten", "converted", "copied", "left out"]
@@ -57,14 +58,20 @@ def problems_of(ledger: Ledger, checkpoint: Checkpoint) -> list[str]:
     other = [name for name, size in reported.items() if held.get(name) != size]
     accounted = sum(account["bytes"] for account in ledger["accounts"])
     reasons = (
-        (lost, "are not accounted for"),
-        (twice, "are accounted for more than once"),
-        (other, "are not in the source, or have other sizes there"),
+        ("not-accounted-for", lost, "are not accounted for"),
+        ("accounted-for-twice", twice, "are accounted for more than once"),
+        ("not-in-source", other, "are not in the source, or have other sizes there"),
     )
-    problems = [f"{len(names)} tensors {what}, such as {min(names)}" for names, what in reasons if names]
+    problems: list[str] = [
+        Because(f"{len(names)} tensors {what}, such as {min(names)}", reason=reason, tensors=names)
+        for reason, names, what in reasons
+        if names
+    ]
     if not accounted == ledger["source_bytes"] == sum(held.values()):
-        problems.append(
-            f"{accounted:,} bytes are accounted for, the ledger has {ledger['source_bytes']:,} bytes in all, and the "
-            f"tensors of the source have {sum(held.values()):,}"
+        whole, source = ledger["source_bytes"], sum(held.values())
+        message = (
+            f"{accounted:,} bytes are accounted for, the ledger has {whole:,} bytes in all, and the tensors of the "
+            f"source have {source:,}"
         )
+        problems.append(Because(message, reason="other-sum", accounted=accounted, ledger=whole, source=source))
     return problems

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compressor.errors import ArtifactError, ModelError
+from compressor.errors import ArtifactError, Because, ModelError
 from compressor.model.model_files import entries, regular_file
 from compressor.process.utf8 import parse_json
 
@@ -136,13 +136,16 @@ def carried_code_problems(directory: Path, source: Path | None, trust: bool, own
     if source is not None:
         carried = [name for name in code_files(directory) if not own.fullmatch(name)]
         return [
-            f"{name} is code that the source doesn't have" for name in carried if not _same(name, directory, source)
+            Because(f"{name} is code that the source doesn't have", reason="not-of-source", file=name)
+            for name in carried
+            if not _same(name, directory, source)
         ]
     where, references = tokenizer_code(directory)
     if trust or not references:
         return []
     code = required_code(directory, references)
-    return [f"{where} names code for the tokenizer, {code}. Compare it with its --source, or: {FLAG}"]
+    message = f"{where} names code for the tokenizer, {code}. Compare it with its --source, or: {FLAG}"
+    return [Because(message, reason="tokenizer-code", where=where, code=str(code))]
 
 
 def _same(name: str, directory: Path, source: Path) -> bool:

@@ -256,7 +256,8 @@ def test_a_change_is_a_problem_where_loaders_look_and_else_a_note(name, change, 
         (artifact / name).unlink()
     problems, notes = compare_files(artifact, read_manifest(artifact))
     assert (problems, notes) == (([], notes) if not matters(name) else (problems, []))
-    assert len(problems + notes) == 1 and (problems + notes)[0].startswith(name)
+    reason = "changed" if change == "edited" else "missing"
+    assert [told.data for told in problems + notes] == [{"reason": reason, "file": name}]
     assert matters(name) == (name in ("model.safetensors", "config.json", "tokenizer.json", "1_Pooling/config.json"))
 
 

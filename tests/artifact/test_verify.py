@@ -213,7 +213,8 @@ def test_a_router_that_was_packed_is_found(built, tmp_path):
     source = tiny.save("qwen3_moe", tmp_path / "m")
     artifact = built(source, tmp_path / "out", {**RTN, "bits": 8})
     router_packed(artifact)
-    assert any("mlp.gate.weight differs from the source" in problem for problem in found(artifact, source)["problems"])
+    gate = {"reason": "changed", "tensor": "model.layers.0.mlp.gate.weight"}
+    assert gate in found(artifact, source)["because"]
 
 
 def test_a_rotation_keeps_the_outputs_and_a_wrong_one_is_found(built, tmp_path):
@@ -222,7 +223,7 @@ def test_a_rotation_keeps_the_outputs_and_a_wrong_one_is_found(built, tmp_path):
     sound = found(artifact, source)
     assert sound["problems"] == [] and sound["source"]["output_distance"] < 1e-4
     edit_tensors(artifact, lambda t: t.update({f"{DOWN}.weight": t[f"{DOWN}.weight"].flip(0)}))
-    assert any("rotate should keep them" in problem for problem in found(artifact, source)["problems"])
+    assert "outputs-not-kept" in [values["reason"] for values in found(artifact, source)["because"]]
 
 
 def test_a_rewritten_artifact_whose_source_was_misread_is_found(built, tmp_path, monkeypatch):
@@ -237,8 +238,7 @@ def test_a_rewritten_artifact_whose_source_was_misread_is_found(built, tmp_path,
         return value.bfloat16() if name == NORM else value
 
     monkeypatch.setattr(against_source, "read_parameter", misread)
-    (problem,) = found(artifact, source)["problems"]
-    assert problem == f"{NORM} was read from the source with other values than stock transformers reads"
+    assert found(artifact, source)["because"] == [{"reason": "read-otherwise", "tensor": NORM}]
 
 
 def test_without_its_source_verification_says_what_was_not_compared(built, tmp_path):
@@ -259,13 +259,13 @@ def test_a_model_that_cannot_generate_by_itself_is_no_fault_of_its_artifact(buil
         patched.setattr(hf.LlamaForCausalLM, "generate", refuse)
         sound = found(artifact, source)
         assert sound["problems"] == [] and sound["generated_tokens"] is None
-        assert sound["notes"] == [
-            "no tokens were generated, and the source can't generate either: ValueError: no cache"
-        ]
-        assert found(artifact, None)["problems"] == ["generate fails: ValueError: no cache"]
+        (note,) = sound["notes"]
+        assert note.data == {"reason": "source-cannot-generate", "cause": "ValueError: no cache"}
+        cause = {"reason": "cannot-generate", "cause": "ValueError: no cache"}
+        assert found(artifact, None)["because"] == [cause]
     answers = iter([(7, "it makes 7"), (8, None)])  # of the artifact, of its source
     monkeypatch.setattr(generation, "generate_tokens", lambda *_: next(answers))
-    assert found(artifact, source)["problems"] == ["generate fails: it makes 7"]
+    assert found(artifact, source)["because"] == [{"reason": "cannot-generate", "cause": "it makes 7"}]
 
 
 def moved(weights, name):
@@ -310,5 +310,6 @@ def test_outputs_of_another_shape_are_found(built, tmp_path, monkeypatch):
     shapes = iter((slice(None), slice(None), slice(1, None)))
     plain = verifying.output_of
     monkeypatch.setattr(verifying, "output_of", lambda output: plain(output)[next(shapes)])
-    message = "own loader: outputs have shape (1, 32, 96), but (2, 32, 96) is expected"
-    assert found(artifact, None)["problems"] == [message]
+    (values,) = found(artifact, None)["because"]
+    assert values["reason"] == "other-shape" and values["model"] == "own loader"
+    assert (values["shape"], values["expected"]) == ([1, 32, 96], [2, 32, 96])

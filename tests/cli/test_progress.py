@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from compressor.cli.progress import duration, show
+from compressor.cli.progress import duration, json_line, show
 from compressor.cli.timeline import Timeline
 from compressor.engine.events import PROGRESS_SECONDS, Progress
 
@@ -142,3 +142,8 @@ def test_progress_events_are_no_more_than_one_in_an_interval():
         now[0] = number * PROGRESS_SECONDS / 2
         progress(0, 1, "w", number / 4)
     assert [event["share"] for event in events] == [0.0, 0.5, 1.0]
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    json_line({"event": "result", "values": [{"difference": float("nan")}, float("-inf"), 1.5]})
+    assert capsys.readouterr().out == '{"event": "result", "values": [{"difference": null}, null, 1.5]}\n'

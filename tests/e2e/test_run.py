@@ -35,10 +35,11 @@ from compressor.errors import (
     ShapeError,
     UsageError,
 )
-from compressor.evaluation.report import finite, validate_report
+from compressor.evaluation.report import validate_report
 from compressor.kernels.cpu import library
 from compressor.kernels.prepared.prepare import explain
 from compressor.model.model_files import demo_path
+from compressor.process.json_values import finite
 from compressor.recipe.recipe import parse_recipe, read_recipe
 from compressor.run import compress
 from compressor.storage.files import file_sha256
@@ -274,6 +275,7 @@ def test_an_artifact_that_does_not_verify_keeps_its_report_and_is_not_published(
     validate_report(report)
     assert report["status"] == "verification_failed"
     assert report["verification"]["problems"] == failure.value.data["problems"]
+    assert {values["reason"] for values in failure.value.data["because"]} == {"other-error", "outputs-differ"}
     assert report["verification"]["max_logit_difference"] > 0
     assert report["metrics"]["perplexity"]["after"] is None and report["run"]["speed"] == {}
     assert {gate["name"]: gate["passed"] for gate in report["gates"]} == {"perplexity": False, "size_ratio": True}
@@ -417,8 +419,7 @@ def test_a_tampered_artifact_does_not_verify(llama, tmp_path):
     weights.write_bytes(bytes(content))
     with raises(ArtifactError, where="out", reason="not-as-written") as failure:
         compressor.load(tmp_path / "out")
-    (problem,) = failure.value.data["problems"]
-    assert problem.startswith("model.safetensors ")
+    assert failure.value.data["because"] == [{"reason": "changed", "file": "model.safetensors"}]
     (tmp_path / "out" / "compress_manifest.json").unlink()
     with raises(ArtifactError, where=tmp_path / "out", reason="no-manifest"):
         compressor.load(tmp_path / "out")

@@ -19,7 +19,8 @@ from compressor.cli.main import main
 from compressor.errors import UsageError
 from compressor.evaluation.compare import compare
 from compressor.evaluation.render import human_bytes, render_comparison, render_html, render_junit, render_markdown
-from compressor.evaluation.report import finite, validate_report
+from compressor.evaluation.report import validate_report
+from compressor.process.json_values import finite
 from compressor.recipe.recipe import parse_recipe, read_recipe
 from compressor.run import compress
 

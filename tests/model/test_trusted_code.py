@@ -346,12 +346,13 @@ def test_verify_names_code_of_a_tokenizer_that_is_not_the_sources(names, with_ow
         return verify(output, None, sealed=True, deep=False, source=source, trust_remote_code=trust).problems
 
     assert problems(with_own_tokenizer) == [] and problems(trust=True) == []
-    assert "tokenization_own.py" in problems()[0] and "--trust-remote-code" in problems()[0]
+    assert problems()[0].data["reason"] == "tokenizer-code" and "tokenization_own.py" in problems()[0].data["code"]
     (output / "evil.py").write_text(planted(marker))
     edit(output / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}, tokenizer_class="T")
     seal_again(output)
-    assert problems(with_own_tokenizer) == ["evil.py is code that the source doesn't have"]
-    assert "evil.py" in problems()[0] and len(problems()) == 1
+    (found,) = problems(with_own_tokenizer)
+    assert found.data == {"reason": "not-of-source", "file": "evil.py"}
+    assert "evil.py" in problems()[0].data["code"] and len(problems()) == 1
     assert not marker.exists()
 
 
