@@ -8,7 +8,7 @@ from pathlib import Path
 from compressor.artifact.loader import dense_view, empty_model
 from compressor.artifact.manifest import read_manifest
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.fates import make_ledger
+from compressor.model.ledger_accounts import make_ledger
 from compressor.model.model_names import resolve_model
 from compressor.model.overview import Overview, PartOverview, WeightView
 from compressor.model.stored_weight import StoredWeight

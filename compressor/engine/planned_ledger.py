@@ -8,8 +8,8 @@ from compressor.analysis.input_producers import Producers, producers_of
 from compressor.engine.line_facts import LineFacts
 from compressor.engine.plan_records import Findings, Reshape, Selected, StepPath
 from compressor.errors import PreflightError, data_of
-from compressor.model.fates import Rewriting, make_ledger
 from compressor.model.ledger import Ledger, problems_of
+from compressor.model.ledger_accounts import Rewriting, make_ledger
 from compressor.model.redefined_structure import tensors_after
 from compressor.model.stored_weight import StoredWeight
 from compressor.model.structure import Structure

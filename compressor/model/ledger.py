@@ -1,4 +1,4 @@
-"""The ledger of an artifact: what becomes of every tensor of its source, by name and bytes. `fates` makes it.
+"""The ledger of an artifact: what becomes of every tensor of its source, by name and bytes. `ledger_accounts` makes it.
 
 A ledger is JSON values, the same in a plan, a report, a manifest and `inspect`.
 """

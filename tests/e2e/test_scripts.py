@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import model_in_memory
 import pytest
-import shaping
 import tiny
 import torch
 from bench import (
@@ -114,7 +114,7 @@ def test_magnitude_of_a_unit_is_the_mean_square_of_all_that_goes_with_it(tmp_pat
         layer.mlp.gate_proj.weight[5] *= 3
         layer.mlp.down_proj.weight[:, 9] = 0
     facts = facts_of(read_structure(directory), 0)
-    found = pruning.magnitudes(shaping.Whole(model, [], facts=facts), facts.prunable())
+    found = pruning.magnitudes(model_in_memory.Whole(model, [], facts=facts), facts.prunable())
     mlp, attention = (found[f"model.layers.1.{name}"] for name in ("mlp", "self_attn"))
     own = [layer.mlp.gate_proj.weight[5], layer.mlp.up_proj.weight[5], layer.mlp.down_proj.weight[:, 5]]
     less = [layer.mlp.gate_proj.weight[9], layer.mlp.up_proj.weight[9]]

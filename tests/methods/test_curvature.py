@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import model_in_memory
 import pytest
-import shaping
 import tiny
 import torch
 from raising import raises
@@ -30,11 +30,11 @@ def streams(whole, batch):
 
 def test_squared_slopes_are_those_of_a_mask_at_each_position():
     model = tiny.build("bert", dtype=torch.float64)
-    batches = shaping.token_batches(2, 3, 7)
-    placed = shaping.places("bert", model, switches=True)
+    batches = model_in_memory.token_batches(2, 3, 7)
+    placed = model_in_memory.places("bert", model, switches=True)
     sizes = sizes_of(placed)
     found = Curvature(sizes, True, 0)
-    whole = shaping.Whole(model, batches, LABELS)
+    whole = model_in_memory.Whole(model, batches, LABELS)
     found.add(whole, placed, streams(whole, 0))
     found.add(whole, placed, streams(whole, 1))
     assert whole.most_loaded == 1
@@ -62,10 +62,10 @@ def test_squared_slopes_are_those_of_a_mask_at_each_position():
 def test_curvature_is_the_second_derivative_of_the_distance_from_the_dense_model(family):
     model = tiny.build(family, dtype=torch.float64)
     rows, tokens, step = 400, 5, 1e-3
-    ids = shaping.token_batches(1, 1, tokens)[0]["input_ids"]
-    projection = shaping.places("llama" if family == "llama" else "bert", model).projections[-1]
+    ids = model_in_memory.token_batches(1, 1, tokens)[0]["input_ids"]
+    projection = model_in_memory.places("llama" if family == "llama" else "bert", model).projections[-1]
     curvature = Curvature({projection.name: 64}, False, 0)
-    whole = shaping.Whole(model, [{"input_ids": ids.expand(rows, tokens)}])
+    whole = model_in_memory.Whole(model, [{"input_ids": ids.expand(rows, tokens)}])
     curvature.add(whole, Places((projection,)), streams(whole, 0))
     found = curvature.mean().double()
     # differences of the distance: a row for each position and unit, whose signal is scaled there, by both signs
@@ -121,8 +121,8 @@ def test_units_that_change_nothing_are_the_first_to_go_and_their_noise_is_finite
 
 def trainable(seed=0):
     model = tiny.build("llama")
-    whole = shaping.Whole(model, shaping.token_batches(5, 3, 6), seed=seed)
-    placed = shaping.places("llama", model)
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(5, 3, 6), seed=seed)
+    placed = model_in_memory.places("llama", model)
     sizes = sizes_of(placed)
     parts = [Part(name, "heads" if n < 10 else "ffn", 0, n, 3072 if n < 10 else 96) for name, n in sizes.items()]
     return whole, placed, Size(tuple(parts), 0), sizes, dict.fromkeys(sizes, 1.0)
@@ -147,8 +147,8 @@ def test_a_start_that_was_interrupted_goes_on_bit_by_bit(steps):
 def test_channels_of_the_stream_have_a_curvature_too():
     model = tiny.build("llama", dtype=torch.float64)
     found = Curvature({STREAM: 32}, False, 0)
-    whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
-    found.add(whole, Places((), shaping.stream_norms(model)), streams(whole, 0))
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(1, 2, 5))
+    found.add(whole, Places((), model_in_memory.stream_norms(model)), streams(whole, 0))
     assert found.predictions == 10 and float(found.total[STREAM].min()) > 0
 
 
@@ -156,7 +156,7 @@ def test_slopes_that_are_not_finite_end_the_run():
     model = tiny.build("llama")
     with torch.no_grad():
         model.lm_head.weight[5, 3] = float("nan")
-    whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
-    placed = shaping.places("llama", model)
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(1, 2, 5))
+    placed = model_in_memory.places("llama", model)
     with raises(PassError, where="mask curvature", reason="not-finite"):
         Curvature(sizes_of(placed), False, 0).add(whole, placed, streams(whole, 0))

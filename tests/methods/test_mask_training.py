@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+import model_in_memory
 import pytest
-import shaping
 import tiny
 import torch
 from raising import raises
@@ -48,13 +48,13 @@ def whole_gradients(model, placed, batch, masks, loss_of):
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bert"])
 def test_gradients_block_by_block_are_those_of_one_backward_pass(family):
     model = tiny.build(family, dtype=torch.float64)
-    batches = shaping.token_batches(2, 3, 7)
-    whole = shaping.Whole(model, batches, [torch.tensor([0, 1, 1])] * 2)
-    placed = shaping.places(family, model, switches=True)
+    batches = model_in_memory.token_batches(2, 3, 7)
+    whole = model_in_memory.Whole(model, batches, [torch.tensor([0, 1, 1])] * 2)
+    placed = model_in_memory.places(family, model, switches=True)
     dense = Dense.of(whole)
     task = family == "bert"
     draws = [
-        Draw(n, {k: z.detach().double().requires_grad_() for k, z in shaping.masks(placed, 3, n).items()})
+        Draw(n, {k: z.detach().double().requires_grad_() for k, z in model_in_memory.masks(placed, 3, n).items()})
         for n in (0, 1)
     ]
     found = gradients(whole, draws, placed, dense.before, labelled(whole) if task else distilled(whole, dense), 0.5)
@@ -82,18 +82,19 @@ def test_gradients_block_by_block_are_those_of_one_backward_pass(family):
 
 def test_masks_of_one_leave_the_model_as_it_is():
     model = tiny.build("llama", dtype=torch.float64)
-    whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
-    placed = shaping.places("llama", model)
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(1, 2, 5))
+    placed = model_in_memory.places("llama", model)
     dense = Dense.of(whole)
     ones = {
-        name: torch.ones_like(z, dtype=torch.float64).requires_grad_() for name, z in shaping.masks(placed, 2).items()
+        name: torch.ones_like(z, dtype=torch.float64).requires_grad_()
+        for name, z in model_in_memory.masks(placed, 2).items()
     }
     assert gradients(whole, [Draw(0, ones)], placed, dense.before, distilled(whole, dense)) == 0.0
 
 
 def test_a_base_model_is_compared_by_its_hidden_states():
     model = tiny.build("bert_base", dtype=torch.float64)
-    whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(1, 2, 5))
     dense = Dense.of(whole)
     (same, half) = (
         next(
@@ -109,7 +110,7 @@ def test_a_base_model_is_compared_by_its_hidden_states():
 
 
 def test_labels_that_are_missing_or_do_not_fit_are_errors():
-    whole = shaping.Whole(tiny.build("bert"), shaping.token_batches(1, 2, 5))
+    whole = model_in_memory.Whole(tiny.build("bert"), model_in_memory.token_batches(1, 2, 5))
     hidden = Dense.of(whole).after[0]
 
     def output_head(samples):
@@ -120,7 +121,7 @@ def test_labels_that_are_missing_or_do_not_fit_are_errors():
     whole.given_labels = [torch.tensor([0, 5])]
     with raises(PassError, where="loss: task", reason="labels", largest=5, shape=[2]):
         next(labelled(whole)(0, hidden, output_head))
-    empty = shaping.Whole(tiny.build("bert"), [])
+    empty = model_in_memory.Whole(tiny.build("bert"), [])
     with raises(PassError, where="data", reason="no-batch"):
         Dense.of(empty)
 
@@ -149,9 +150,9 @@ def test_a_masked_norm_is_that_of_the_kept_channels(kind):
 
 def test_gradients_reach_the_mask_of_the_stream_through_every_norm():
     model = tiny.build("llama", dtype=torch.float64)
-    whole = shaping.Whole(model, shaping.token_batches(1, 2, 5))
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(1, 2, 5))
     dense = Dense.of(whole)
-    placed = Places((), shaping.stream_norms(model))
+    placed = Places((), model_in_memory.stream_norms(model))
     z = torch.ones(2, 32, dtype=torch.float64)
     z[:, 5] = 0.9
     leaf = z.clone().requires_grad_()
@@ -176,8 +177,8 @@ def course(**changes):
 
 def trainable(family="llama", labels=None, seed=0):
     model = tiny.build(family)
-    whole = shaping.Whole(model, shaping.token_batches(3, 3, 6), labels, seed)
-    placed = shaping.places(family, model)
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(3, 3, 6), labels, seed)
+    placed = model_in_memory.places(family, model)
     sizes = {projection.name: int(projection.columns.max()) + 1 for projection in placed.projections}
     parts = [Part(name, "heads" if n < 10 else "ffn", 0, n, 3072 if n < 10 else 96) for name, n in sizes.items()]
     return whole, placed, Size(tuple(parts), 0), sizes, dict.fromkeys(sizes, 1.0)
@@ -217,7 +218,7 @@ def test_training_on_labels_sees_the_labels():
     assert first.losses[0] > 0.1  # cross-entropy, not a distance from the dense model
 
 
-class Broken(shaping.Whole):
+class Broken(model_in_memory.Whole):
     """Gives NaN in these calls of the head with gradients."""
 
     bad, seen = (), -1

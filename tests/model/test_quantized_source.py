@@ -19,9 +19,9 @@ from compressor.evaluation import eval_command
 from compressor.evaluation.eval_command import measure_model
 from compressor.evaluation.model_loading import load_model, load_parts
 from compressor.model.checkpoint import open_checkpoint
-from compressor.model.fates import make_ledger
 from compressor.model.fp8_source import dequantize_blocks
 from compressor.model.ledger import problems_of
+from compressor.model.ledger_accounts import make_ledger
 from compressor.model.quantized_source import FORMATS, open_source
 from compressor.model.structure import read_structure
 from compressor.model.weight_names import read_parameter

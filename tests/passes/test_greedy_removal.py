@@ -14,7 +14,7 @@ from compressor.errors import PassError
 from compressor.methods.pruning.removal_trials import Losses, Trials
 from compressor.model.structure import read_structure
 from compressor.passes.greedy_removal import Candidate, GreedyRemoval, Search
-from tests.support import shaping, tiny
+from tests.support import model_in_memory, tiny
 from tests.support.raising import raises
 
 
@@ -120,7 +120,7 @@ def test_the_search_ends_at_its_target_and_at_its_number_of_evaluations():
 
 def test_trials_from_kept_streams_are_those_of_whole_runs(tmp_path):
     model = tiny.build("llama", dtype=torch.float64)
-    whole = shaping.Whole(model, shaping.token_batches(2, 3, 6))
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(2, 3, 6))
     prunables = facts_of(read_structure(tiny.save("llama", tmp_path / "m", dtype=torch.float64)), 0).prunable()
     trial = Trials.of(whole, prunables, "distill", 0.3)
     names = {prunable.kind + str(prunable.block): prunable.name for prunable in prunables}
@@ -128,7 +128,7 @@ def test_trials_from_kept_streams_are_those_of_whole_runs(tmp_path):
     assert trial.is_sampled
     for removed, batches in itertools.product(sequence, ([0, 1], trial.ranking)):
         found = trial.sums(removed, batches)
-        fresh = Trials.of(shaping.Whole(model, whole.inputs), prunables, "distill", 0.3).sums(removed, batches)
+        fresh = Trials.of(model_in_memory.Whole(model, whole.inputs), prunables, "distill", 0.3).sums(removed, batches)
         assert torch.allclose(found, fresh, rtol=1e-12, atol=0, equal_nan=True)
         assert (trial.means(found) == Losses(0.0, 0.0)) == (not removed)
         assert int((~found.isnan()).sum()) == 3 * len(batches)
@@ -155,7 +155,7 @@ def test_a_ranking_leaves_half_of_the_evaluations_for_removals():
 
 def test_a_measurement_that_ends_early_decides_as_the_whole_one(tmp_path):
     prunables = facts_of(read_structure(tiny.save("llama", tmp_path / "m", dtype=torch.float64)), 0).prunable()
-    whole = shaping.Whole(tiny.build("llama", dtype=torch.float64), shaping.token_batches(8, 3, 6))
+    whole = model_in_memory.Whole(tiny.build("llama", dtype=torch.float64), model_in_memory.token_batches(8, 3, 6))
     trials = Trials.of(whole, prunables, "distill", 0.3)
     ended = 0
     for prunable, unit in itertools.product(prunables, (0, 1)):
@@ -175,7 +175,9 @@ def test_a_measurement_that_ends_early_decides_as_the_whole_one(tmp_path):
 
 def test_a_loss_that_is_not_a_number_exceeds_every_bound(tmp_path):
     prunables = facts_of(read_structure(tiny.save("llama", tmp_path / "m")), 0).prunable()
-    trials = Trials.of(shaping.Whole(tiny.build("llama"), shaping.token_batches(2, 3, 6)), prunables, "distill", 0.3)
+    trials = Trials.of(
+        model_in_memory.Whole(tiny.build("llama"), model_in_memory.token_batches(2, 3, 6)), prunables, "distill", 0.3
+    )
     trials.objective = lambda batch, last, head: iter([torch.full((3,), math.nan)])
     found = trials.sums_within({prunables[0].name: {0}}, Losses(1e9, 1e9))
     assert found.isinf().any() and not trials.least(found).is_within(Losses(1e9, 1e9))
@@ -186,7 +188,7 @@ def test_a_model_without_finite_losses_is_refused(tmp_path):
     model = tiny.build("llama")
     with torch.no_grad():
         model.lm_head.weight[0] = math.nan
-    whole = shaping.Whole(model, shaping.token_batches(4, 3, 6))
+    whole = model_in_memory.Whole(model, model_in_memory.token_batches(4, 3, 6))
     whole.facts = facts_of(read_structure(path), 0)
     with raises(PassError, where="greedy_removal", reason="not-finite"):
         GreedyRemoval().choose(whole)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from math import prod
 
+import model_in_memory
 import pytest
-import shaping
 import tiny
 import torch
 import yaml
@@ -266,7 +266,7 @@ def test_nothing_asked_for_changes_no_bit(llama, tmp_path):
 
 
 def chosen(settings, facts, seed=0, state=None):
-    whole = shaping.Whole(tiny.build("llama"), shaping.token_batches(3, 4, 8), seed=seed, facts=facts)
+    whole = model_in_memory.Whole(tiny.build("llama"), model_in_memory.token_batches(3, 4, 8), seed=seed, facts=facts)
     whole.state = state
     return settings.choose(whole), whole
 

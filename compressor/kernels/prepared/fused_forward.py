@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ShapeError
 from compressor.kernels.ops.block_functions import TYPES, rms_norm, rotate_halves, silu_product
-from compressor.kernels.ops.watched import is_watched
+from compressor.kernels.ops.visible_calls import must_be_visible
 
 EPS_NAMES = ("variance_epsilon", "eps")
 NORMS = ((0.0, True), (0.0, False), (1.0, False))  # added to the weight; whether the normalized x is rounded before it
@@ -42,7 +42,7 @@ UNLIKE = (AttributeError, KeyError, RuntimeError, ShapeError, TypeError, ValueEr
 
 def _is_plain(x: Any, *others: Any) -> bool:
     """Whether the library can take these: tensors of one dtype on the CPU, seen by no compiler and no gradient."""
-    if not isinstance(x, Tensor) or is_watched(x) or x.dtype not in TYPES or torch.is_autocast_enabled("cpu"):
+    if not isinstance(x, Tensor) or must_be_visible(x) or x.dtype not in TYPES or torch.is_autocast_enabled("cpu"):
         return False
     gradients, dtype = torch.is_grad_enabled(), x.dtype
     for tensor in (x, *others):  # a generator takes twice the time
@@ -335,7 +335,7 @@ def fuse(model: nn.Module, dtype: torch.dtype) -> None:
         return
     for module in model.modules():
         tensors = [*module.parameters(), *module.buffers()]
-        if "forward" in vars(module) or any(not t.is_cpu or is_watched(t) for t in tensors):
+        if "forward" in vars(module) or any(not t.is_cpu or must_be_visible(t) for t in tensors):
             continue
         if any(child._forward_hooks or child._forward_pre_hooks for child in module.children()):
             continue  # they would see the samples

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from compressor.kernels.cpu.reserved_threads import shared_by_torch
 from compressor.kernels.ops.dense_product import MOST_ROWS, linear_dense
-from compressor.kernels.ops.watched import is_watched
+from compressor.kernels.ops.visible_calls import must_be_visible
 from compressor.kernels.prepared.dispatch import Choice
 
 
@@ -35,7 +35,7 @@ class PreparedDense(nn.Linear):
         return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_watched(x):
+        if must_be_visible(x):
             return F.linear(x, self.weight, self.bias)
         if self._is_ours(x):
             return linear_dense(x, self.weight, self.bias)

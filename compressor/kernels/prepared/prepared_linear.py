@@ -21,7 +21,7 @@ from compressor.kernels.cuda import ops as cuda_ops
 from compressor.kernels.ops import linear as ops
 from compressor.kernels.ops import torch_products as torch_ops
 from compressor.kernels.ops.dense_sparse import linear_dense_sparse
-from compressor.kernels.ops.watched import is_watched, without_gradient
+from compressor.kernels.ops.visible_calls import must_be_visible, without_gradient
 from compressor.kernels.prepared.dispatch import (
     FACTORS,
     Choice,
@@ -103,7 +103,7 @@ class PreparedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x"""
         name, layout = self.name, self.choice.layout
-        if is_watched(x) and layout not in torch_ops.LAYOUTS:
+        if must_be_visible(x) and layout not in torch_ops.LAYOUTS:
             return getattr(torch.ops.compressor, name)(x, *self.arguments())
         with torch.no_grad():  # the registry costs as much as a small matmul, so only watched calls use it
             y = RUN[layout][name](x.detach(), *self.arguments())
@@ -165,7 +165,7 @@ class PreparedInteger(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of x"""
-        if self.call is None or is_watched(x):
+        if self.call is None or must_be_visible(x):
             return super().forward(x)
         y = None if self.shared is None else self.shared[0].product(self.shared[1], x)
         if y is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressor.kernels.ops.blocks import round_to_shift
 from compressor.kernels.ops.table_functions import normalize, softmax
 from compressor.kernels.ops.table_lookup import table_inverse_root, table_lookup
-from compressor.kernels.ops.watched import is_watched, without_gradient
+from compressor.kernels.ops.visible_calls import must_be_visible, without_gradient
 from compressor.kernels.prepared.dispatch import Choice
 
 STANDS_FOR = ("activation", "norm", "attention")  # the kinds of modules that such layers replace
@@ -64,13 +64,13 @@ def _read(
     """`look_up`, or with slopes `activate`"""
     high = low + (len(table) - 1) * step
     # the registry costs as much as a short look-up, so only watched calls use it
-    run = torch.ops.compressor.table_lookup if is_watched(x) else table_lookup
+    run = torch.ops.compressor.table_lookup if must_be_visible(x) else table_lookup
     return run(x, table, low, high, linear, *slopes)
 
 
 def _root(x: Tensor, table: Tensor, step: float, linear: bool) -> Tensor:
     """`inverse_root`"""
-    run = torch.ops.compressor.table_inverse_root if is_watched(x) else table_inverse_root
+    run = torch.ops.compressor.table_inverse_root if must_be_visible(x) else table_inverse_root
     return run(x, table, step, linear)
 
 

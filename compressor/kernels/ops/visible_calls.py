@@ -13,7 +13,7 @@ _compiling, _modes, _tracing = torch.compiler.is_compiling, torch._C._len_torch_
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def is_watched(x: Tensor) -> bool:
+def must_be_visible(x: Tensor) -> bool:
     """Whether a call must use torch's registry: a compiler or a tracer records it, or x has no memory of its own (fake
     tensors, tensors inside `torch.vmap`, subclasses)."""
     return _compiling() or type(x) not in _PLAIN or _modes() > 0 or _tracing() or _wrapped(x)
