@@ -309,7 +309,7 @@ def compare(
     """Compare the bytes, metrics and errors of several artifacts."""
     if len(paths) < 2:
         raise UsageError(
-            f"{len(paths)} path was given, and a comparison needs at least two",
+            f"a comparison needs at least two paths, and {len(paths)} was given",
             where="compare",
             hint="Add the path of another artifact, report or checkpoint.",
             data={"reason": "too-few", "paths": len(paths)},
