@@ -251,11 +251,7 @@ def _compare_rewritten(source: Any, own: Any, rewritten: dict[str, float]) -> li
         with _held(source, name) as meant, _held(own, name) as value:
             same_shape = value.shape == meant.shape and value.dtype == meant.dtype
             error = relative_distance(value, meant) if same_shape else float("inf")
-        if not _is_as_recorded(error, recorded):
-            message = (
-                f"{name} has a relative error of {error:.4g} against the source, but the run recorded {recorded:.4g}"
-            )
-            problems.append(Because(message, reason="other-error", tensor=name, error=error, recorded=recorded))
+        problems += _error_problems(name, error, recorded)
     return problems
 
 
@@ -298,7 +294,7 @@ def _compare_stored(
             for weight in weights:
                 error, recorded = _distance(own, weight, part_of(whole, weight), dtype), errors.get(weight.name)
                 largest = max(largest, 0.0 if recorded is None else abs(error - recorded))
-                problems += _error_problems(weight, error, recorded)
+                problems += _error_problems(weight.name, error, recorded)
             experts = [weight for weight in weights if weight.expert is not None and parameter not in rewritten]
             if experts and not _equal_elsewhere(whole, own.get_parameter(parameter), experts):
                 message = f"{parameter} differs from the source in experts that no step changed"
@@ -320,15 +316,16 @@ def _by_parameter(models: Sequence[Any], formats: Sequence[StoredWeight]) -> Ite
             yield from parameters.items()
 
 
-def _error_problems(weight: Weight, error: float, recorded: float | None) -> list[str]:
+def _error_problems(name: str, error: float, recorded: float | None) -> list[str]:
+    """The problem of a weight, or of a parameter with new values, that isn't as far from the source's as recorded."""
     if recorded is None:
         is_near = error < 1  # 1 is the error of a zero weight; NaN fails too
         message = f"is not an approximation of the source's weight (relative error {error:.3g})"
     else:
         is_near = _is_as_recorded(error, recorded)
         message = f"has a relative error of {error:.4g} against the source, the run recorded {recorded:.4g}"
-    values = {"reason": "other-error", "tensor": weight.name, "error": error, "recorded": recorded}
-    return [] if is_near else [Because(f"{weight.name} {message}", **values)]
+    values = {"reason": "other-error", "tensor": name, "error": error, "recorded": recorded}
+    return [] if is_near else [Because(f"{name} {message}", **values)]
 
 
 def _is_as_recorded(error: float, recorded: float) -> bool:

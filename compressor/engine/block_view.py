@@ -46,7 +46,7 @@ class BlockView:
     """One part of the model as a pass sees it (`protocol.BlockView`).
 
     calibration  the batches, with the hidden states that enter the part
-    small        the verification batch; it shows at little cost which tensors the rest of the block reads
+    verification  the verification batch; being small, it shows cheaply which tensors the rest of the block reads
     rescalable   producers of the inputs of this part's weights
     errors       relative error of each stored weight after it is dequantized
     written      parameters that stay dense and have new values
@@ -58,7 +58,7 @@ class BlockView:
     number: int
     selected: frozenset[str]
     calibration: list[CalibrationBatch]
-    small: CalibrationBatch
+    verification: CalibrationBatch
     device: torch.device
     generator: torch.Generator
     needs: Needs
@@ -314,7 +314,7 @@ class BlockView:
                 yield from ((number, flat(number, x)) for number, x in seen)
 
     def _forget_unread(self, batch: CalibrationBatch, parameter: str, pause: Pause) -> None:
-        """Keep only the tensors that the rest of the block reads, if the small batch makes the same calls."""
+        """Keep only the tensors that the rest of the block reads, if the verification batch makes the same calls."""
         assert batch.recorded is not None
         if not 1 <= self.number <= self.structure.block_count:
             return
@@ -322,15 +322,15 @@ class BlockView:
         relative = parameter.removeprefix(f"{self.structure.pieces.blocks_path}.{self.number - 1}.")
         kind = (signature(self.structure.model.config, block, self.number - 1), relative)
         if kind not in self.needs:
-            self.needs[kind] = self._needs_of_small_batch(pause)
+            self.needs[kind] = self._needs_of_verification_batch(pause)
         calls, leaves = self.needs[kind]
         if calls == batch.recorded.calls:
             batch.recorded.keep_only(leaves)
 
-    def _needs_of_small_batch(self, pause: Pause) -> tuple[list[Any], frozenset[tuple[int, int]]]:
-        """The calls of the small batch before the pause, and what its forward reads after it; no calls if unknown."""
+    def _needs_of_verification_batch(self, pause: Pause) -> tuple[list[Any], frozenset[tuple[int, int]]]:
+        """The verification batch's calls before the pause, and what its forward reads after it; no calls if unknown."""
         recorded = RecordedForward()
-        work = partial(run_part, self.structure, self.number, replace(self.small, recorded=recorded))
+        work = partial(run_part, self.structure, self.number, replace(self.verification, recorded=recorded))
         if pause(recorded, work) is None:  # none of its tokens was routed to these experts
             return [], frozenset()
         calls = recorded.calls

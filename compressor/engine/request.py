@@ -72,11 +72,12 @@ def named_output(output: Path) -> Path:
             hint="Pass --output with the name of a new directory.",
             data={"reason": "no-output-name"},
         )
-    if len(os.fsencode(f"{named.name}.rejected")) > LONGEST_NAME:
+    size, most = len(os.fsencode(named.name)), LONGEST_NAME - len(".rejected")
+    if size > most:
         raise UsageError(
-            f"the name takes {len(os.fsencode(named.name))} bytes",
+            f"the name takes {size} bytes",
             where=f"{named.name[:40]}...",
-            hint=f"Pass --output with a name of at most {LONGEST_NAME - len('.rejected')} bytes.",
+            hint=f"Pass --output with a name of at most {most} bytes.",
             data={"reason": "name-too-long"},
         )
     return named
