@@ -23,9 +23,8 @@ FEATURES = Path("/proc/cpuinfo").read_text()
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-w", "-pthread"]
 FLAGS += ["-mfma"] if "fma" in FEATURES else []  # fmaf is one instruction then: the same bits, without a call for each
 # the bodies for what isn't here run all the same, by other instructions
-EMULATED = [
-    SUPPORT / f"{feature}_emulated.h" for feature in ("avx_vnni", "avx512_vnni", "amx_int8") if feature not in FEATURES
-]
+MISSING = [feature for feature in ("avx_vnni", "avx512_vnni", "amx_int8") if feature not in FEATURES]
+EMULATED = [SUPPORT / "dot_of_bytes.h", *(SUPPORT / f"{feature}_emulated.h" for feature in MISSING)]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 pytestmark = [
     pytest.mark.slow,

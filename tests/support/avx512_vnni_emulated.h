@@ -1,5 +1,5 @@
-// The 512-bit instructions that the CPU kernels use, as pairs of AVX2's, for g++ -include: so their AVX-512 bodies run, and
-// are compared with the others, on a machine that has none. What each does is Intel's description of it.
+// The 512-bit instructions that the CPU kernels use, as pairs of AVX2's, for g++ -include after dot_of_bytes.h: so their
+// AVX-512 bodies run, and are compared with the others, on a machine that has none. What each does is Intel's description of it.
 #pragma once
 #include <immintrin.h>
 
@@ -71,13 +71,9 @@ TARGET_AVX512 inline __m256i ternary256(__m256i a, __m256i b, __m256i c, int tab
 TARGET_AVX512 inline Ints ternary(const Ints& a, const Ints& b, const Ints& c, int table) {
   return {ternary256(a.low, b.low, c.low, table), ternary256(a.high, b.high, c.high, table)};
 }
-// vpdpbusd: bytes of a without sign, of b with; the products of even bytes and those of odd ones are exact sums of int32
-TARGET_AVX512 inline __m256i dot256(__m256i sum, __m256i a, __m256i b) {
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
-  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+TARGET_AVX512 inline Ints dot(const Ints& sum, const Ints& a, const Ints& b) {
+  return {dot_of_bytes(sum.low, a.low, b.low), dot_of_bytes(sum.high, a.high, b.high)};
 }
-TARGET_AVX512 inline Ints dot(const Ints& sum, const Ints& a, const Ints& b) { return {dot256(sum.low, a.low, b.low), dot256(sum.high, a.high, b.high)}; }
 TARGET_AVX512 inline int32_t sum_of(const Ints& a) {
   uint32_t v[16], r = 0;
   store(v, a);
