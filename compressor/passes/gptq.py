@@ -33,6 +33,7 @@ from pydantic import Field, model_validator
 from compressor.bounds import Count
 from compressor.errors import PassError
 from compressor.lazy import torch
+from compressor.methods.direct_operations import direct_operations
 from compressor.methods.quantization.hessian import Factor, Gram, inverse_factor, permuted
 from compressor.methods.quantization.packed_codes import (
     GroupSize,
@@ -240,17 +241,24 @@ class GPTQ(WeightPass):
 
     def _solved_weight(self, view: BlockView, weight: Weight, width: int, problem: Factored) -> Rounded:
         matrix = view.matrix(weight)
+        with direct_operations():
+            return self._solved_matrix(matrix, weight.name, view.dtype, width, problem)
+
+    def _solved_matrix(
+        self, matrix: torch.Tensor, name: str, stored: torch.dtype, width: int, problem: Factored
+    ) -> Rounded:
+        """The same, from the values of the weight (out, in), which are changed; stored: dtype of the scales on disk."""
         if self.dead_columns == "zero":
             matrix[:, problem.dead] = 0
         column_of = problem.order  # number of each solved column in the weight
         if self._permutes_groups:  # from here on, all columns are in rounding order
             matrix, problem = matrix[:, column_of], problem.in_visiting_order()
-        solved = solve(matrix, problem.factor.upper, problem.diagonal, problem.order, self, width, view.dtype)
+        solved = solve(matrix, problem.factor.upper, problem.diagonal, problem.order, self, width, stored)
         errors = _output_errors(matrix, solved, problem)
-        _check_identity(solved.loss[errors.rows], errors, problem.damping, weight.name)
+        _check_identity(solved.loss[errors.rows], errors, problem.damping, name)
         if self.refine_scales:
             back = torch.argsort(problem.order)
-            grid = refine_scales(matrix, solved.codes, solved.grid, permuted(problem.hessian, back), view.dtype)
+            grid = refine_scales(matrix, solved.codes, solved.grid, permuted(problem.hessian, back), stored)
             solved = replace(solved, grid=grid)
             errors = _output_errors(matrix, solved, problem)
         record = {
